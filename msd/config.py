@@ -1,0 +1,226 @@
+"""config.toml -> frozen Structs: the only reader of settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+from msd.domain import Precision, Speculation
+
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Count = Annotated[int, Meta(ge=1, le=10_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+
+class DaemonConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The process as a whole."""
+
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Least severe event that is logged.")
+    ] = "info"
+    log_format: Annotated[
+        Literal["auto", "text", "json"],
+        Meta(description="`auto`: coloured text on a terminal, JSON lines elsewhere (journald)."),
+    ] = "auto"
+    drain_s: Annotated[Seconds, Meta(description="After SIGTERM, running requests may go on for this long.")] = 60.0
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, le=2**63 - 1)], Meta(description="Seed of the policies' randomness.")
+    ] = 0
+    run_dir: Annotated[
+        str, Meta(description="Engine logs and pid records. Empty: `$RUNTIME_DIRECTORY`, else below `$XDG_RUNTIME_DIR`.")
+    ] = ""
+
+
+class ZmqIngressConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ZeroMQ socket that producers push requests to."""
+
+    endpoints: Annotated[
+        tuple[str, ...],
+        Meta(
+            min_length=1,
+            max_length=8,
+            description="`ipc:///path` or `tcp://host:port`. Empty path in `ipc://`: the default socket (see glossary).",
+        ),
+    ] = ("ipc://",)
+    insecure_tcp: Annotated[
+        bool, Meta(description="Allow tcp without CURVE, on loopback addresses only; its peers are tenant `local`.")
+    ] = False
+    curve_secret_key_file: Annotated[
+        str, Meta(description="File with the server's CURVE secret key (Z85, 40 characters). Needed for tcp.")
+    ] = ""
+    curve_keys_dir: Annotated[
+        str, Meta(description="Folder of client public keys: file `NAME.key` (Z85) gives tenant `NAME`.")
+    ] = ""
+    max_frame_bytes: Annotated[
+        Annotated[int, Meta(ge=1_024, le=64 * 1024 * 1024)],
+        Meta(description="A peer that sends a larger frame is disconnected."),
+    ] = 4 * 1024 * 1024
+    max_sessions: Annotated[Count, Meta(description="Connected clients; further ones are refused.")] = 4_096
+    heartbeat_s: Annotated[Seconds, Meta(description="Heartbeat interval; a peer silent for three is gone.")] = 2.0
+    session_idle_s: Annotated[Seconds, Meta(description="A session that says nothing for this long is forgotten.")] = 3_600.0
+
+
+class IngressConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The front doors."""
+
+    zmq: Annotated[ZmqIngressConfig, Meta(description="ZeroMQ.")] = ZmqIngressConfig()
+
+
+class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds: of what waits, of what one request may ask, of what one client may pile up."""
+
+    max_waiting: Annotated[Count, Meta(description="Requests that may wait; further ones get `queue_full`.")] = 20_000
+    max_waiting_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=10**12)], Meta(description="Prompt tokens plus output bounds that may wait.")
+    ] = 50_000_000
+    max_waiting_per_tenant: Annotated[Count, Meta(description="Of one tenant.")] = 10_000
+    max_attempts: Annotated[
+        Annotated[int, Meta(ge=1, le=16)], Meta(description="Runs of one request before it is given up as `dead_letter`.")
+    ] = 4
+    submit_credit: Annotated[
+        Count, Meta(description="Submits one connection may have unfinished; it waits for credit beyond.")
+    ] = 4_096
+    class_weights: Annotated[
+        dict[Literal["interactive", "standard", "batch"], Annotated[int, Meta(ge=1, le=1_000)]],
+        Meta(description="Shares of service under backlog, in tokens; no class starves."),
+    ] = field(default_factory=lambda: {"interactive": 16, "standard": 4, "batch": 1})
+    outbox_messages: Annotated[Count, Meta(description="Control messages one client may leave unread.")] = 1_024
+    pending_delta_bytes: Annotated[
+        Count, Meta(description="Text and ids of one stream that may wait for its reader; then it is detached.")
+    ] = 64 * 1024
+    session_delta_bytes: Annotated[Count, Meta(description="The same over all streams of a client.")] = 4 * 1024 * 1024
+    decisions_kept: Annotated[Count, Meta(description="Decisions kept in memory for `msd status`.")] = 1_024
+
+
+class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Someone who may ask."""
+
+    name: Annotated[Name, Meta(description="Its name, in ledger, metrics and fair queueing.")]
+    uids: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**32)], ...], Meta(description="Peers over ipc with these user ids.")] = ()
+    weight: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000)], Meta(description="Share of service under backlog, in its service class.")
+    ] = 1
+    may_act_as: Annotated[bool, Meta(description="Hello may name another tenant.")] = False
+
+
+class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A language model, as producers name it."""
+
+    name: Annotated[Name, Meta(description="What requests put in `model`.")]
+    path: Annotated[str, Meta(description="Local folder in Hugging Face format, relative to this file. Empty for simulated models.")] = ""
+    tokenizer: Annotated[str, Meta(description="Folder of the tokenizer; empty: the model's.")] = ""
+
+
+class SimEngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Truth of a simulated engine: one step costs `step_ms + prefill_ms * prefill tokens + decode_ms * requests`."""
+
+    step_ms: Annotated[Annotated[float, Meta(ge=0, le=10_000)], Meta(description="Fixed time of a step (reading the weights).")] = 8.0
+    prefill_ms_per_token: Annotated[Annotated[float, Meta(ge=0, le=1_000)], Meta(description="Time per prompt token.")] = 0.05
+    decode_ms_per_request: Annotated[Annotated[float, Meta(ge=0, le=1_000)], Meta(description="Time per running request and step.")] = 0.3
+    step_mj: Annotated[Annotated[float, Meta(ge=0, le=1e7)], Meta(description="Energy of a step's fixed part.")] = 2_000.0
+    prefill_mj_per_token: Annotated[Annotated[float, Meta(ge=0, le=1e6)], Meta(description="Energy per prompt token.")] = 10.0
+    decode_mj_per_token: Annotated[Annotated[float, Meta(ge=0, le=1e6)], Meta(description="Energy per generated token.")] = 95.0
+    weights_bytes: Annotated[Annotated[int, Meta(ge=0, le=10**13)], Meta(description="GPU memory of weights and graphs.")] = 2_000_000_000
+    kv_capacity_tokens: Annotated[Count, Meta(description="Tokens that the KV cache holds.")] = 200_000
+    max_model_len: Annotated[Count, Meta(description="Longest prompt plus output.")] = 8_192
+    start_s: Annotated[Annotated[float, Meta(ge=0, le=3_600)], Meta(description="Time to come up.")] = 0.2
+    tokens_per_step: Annotated[
+        Annotated[float, Meta(ge=1, le=16)], Meta(description="Mean tokens per decode step (speculation accepts more than 1).")
+    ] = 1.0
+    output_tokens: Annotated[
+        Annotated[int, Meta(ge=0, le=131_072)], Meta(description="Mean output length when EOS is honoured; 0: always max_tokens.")
+    ] = 0
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One engine: a recipe of weights and arguments, and thereby a mode."""
+
+    name: Annotated[Name, Meta(description="Name of the engine and of its mode.")]
+    model: Annotated[Name, Meta(description="A `[[model]]`.")]
+    kind: Annotated[
+        Literal["vllm", "sim", "noop"],
+        Meta(description="`vllm`: real. `sim`: simulated and labelled so. `noop`: answers at once, for benches."),
+    ] = "vllm"
+    weights: Annotated[str, Meta(description="Folder of other weights of the model (a quantised checkpoint).")] = ""
+    precision: Annotated[Precision, Meta(description="What the policies take it for.")] = "bf16"
+    speculation: Annotated[Speculation, Meta(description="The same; set `args.speculative_config` with it.")] = "none"
+    prefix_caching: Annotated[bool, Meta(description="The same; handed to the engine.")] = False
+    max_num_seqs: Annotated[Annotated[int, Meta(ge=1, le=65_536)], Meta(description="Slots: requests that run at once.")] = 32
+    quality: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(description="Known exact-match accuracy of this mode; requests with a higher `quality_floor` are not sent here."),
+    ] = None
+    args: Annotated[dict[str, object], Meta(description="Further AsyncEngineArgs, by vLLM's names.")] = {}
+    env: Annotated[dict[str, str], Meta(description="Environment of this engine's processes.")] = {}
+    start_timeout_s: Annotated[Seconds, Meta(description="A start that takes longer has failed.")] = 600.0
+    sim: Annotated[SimEngineConfig, Meta(description="For kind `sim`.")] = SimEngineConfig()
+
+
+class RulesConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Thresholds of the published ModeSwitch rules (arXiv 2605.23057, controller)."""
+
+    batch_pressure_high: Annotated[Count, Meta(description="Requests running and waiting that count as high batch pressure.")] = 4
+    memory_pressure: Annotated[Annotated[float, Meta(ge=0, le=1)], Meta(description="Share of KV or GPU memory in use that counts as pressure.")] = 0.9
+    short_prompt_tokens: Annotated[Count, Meta(description="Rule 7: prompt at most this.")] = 384
+    short_output_tokens: Annotated[Count, Meta(description="Rule 7: output at most this.")] = 64
+    long_output_tokens: Annotated[Count, Meta(description="Rule 8: output at least this.")] = 128
+    long_prompt_tokens: Annotated[Count, Meta(description="Rule 9: prompt at least this.")] = 768
+
+
+class PolicyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which mode serves a request."""
+
+    name: Annotated[str, Meta(description="`fixed`, `round_robin` or `rules`.")] = "rules"
+    mode: Annotated[str, Meta(description="For `fixed`: the mode.")] = ""
+    rules: Annotated[RulesConfig, Meta(description="For `rules`.")] = RulesConfig()
+
+
+class EnergyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The energy ledger."""
+
+    static_share: Annotated[
+        Literal["share", "box"], Meta(description="`share`: idle power is split over what runs; `box`: it stays the box's.")
+    ] = "share"
+    idle_w: Annotated[
+        Annotated[float, Meta(ge=0, le=10_000)], Meta(description="Idle power until it has been learnt.")
+    ] = 0.0
+
+
+class TelemetryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the GPU view and the energy counter come from."""
+
+    probe: Annotated[
+        Literal["auto", "nvml", "sim", "none"],
+        Meta(description="`auto`: the simulated GPU if all engines are simulated, else NVML if there, else none."),
+    ] = "auto"
+    rapl: Annotated[bool, Meta(description="Read the CPU package's counter too (needs read permission).")] = False
+    device: Annotated[str, Meta(description="UUID or index of the GPU.")] = "0"
+    sample_hz: Annotated[Annotated[float, Meta(ge=0.1, le=100)], Meta(description="Counter and power readings a second.")] = 20.0
+    stale_after_s: Annotated[Seconds, Meta(description="An older view is not trusted.")] = 1.0
+    sim_memory_bytes: Annotated[Annotated[int, Meta(ge=1, le=10**13)], Meta(description="Memory of the simulated GPU.")] = 80_000_000_000
+    sim_idle_w: Annotated[Annotated[float, Meta(ge=0, le=10_000)], Meta(description="Idle power of the simulated GPU.")] = 75.0
+
+
+class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where requests and results are kept. Only in memory for now: `durable: false` in Welcome and Ack."""
+
+    kind: Annotated[Literal["memory"], Meta(description="`memory`: lost with the process.")] = "memory"
+    max_result_bytes: Annotated[
+        Annotated[int, Meta(ge=1_024, le=10**12)], Meta(description="Stored results of one tenant; unacknowledged ones are never dropped.")
+    ] = 64 * 1024 * 1024
+
+
+class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole of config.toml."""
+
+    daemon: DaemonConfig = DaemonConfig()
+    ingress: IngressConfig = IngressConfig()
+    limits: LimitsConfig = LimitsConfig()
+    tenant: Annotated[tuple[TenantConfig, ...], Meta(max_length=1_024)] = ()
+    model: Annotated[tuple[ModelConfig, ...], Meta(max_length=64)] = ()
+    engine: Annotated[tuple[EngineConfig, ...], Meta(max_length=64)] = ()
+    policy: PolicyConfig = PolicyConfig()
+    energy: EnergyConfig = EnergyConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    journal: JournalConfig = JournalConfig()

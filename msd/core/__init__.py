@@ -1,0 +1,1 @@
+"""WHAT happens next: pure and synchronous. Events in, commands out."""

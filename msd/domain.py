@@ -1,0 +1,304 @@
+"""The nouns: frozen msgspec Structs that cross every boundary inside the daemon.
+
+Units are last in names. `t_us` is a monotonic time in integer microseconds (docs/adr/0007). Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+from typing import Literal
+
+from msgspec import Struct
+
+ServiceClass = Literal["interactive", "standard", "batch"]
+SERVICE_CLASSES: tuple[ServiceClass, ...] = ("interactive", "standard", "batch")
+FinishReason = Literal["stop", "length", "abort"]
+EnergySource = Literal["counter", "estimated", "simulated"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
+Speculation = Literal["none", "ngram", "draft"]
+RequestState = Literal["waiting", "running", "finished"]
+
+
+class Slo(Struct, frozen=True, kw_only=True):
+    """What the producer wants: bounds in ms, counted from receipt. None = no bound."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    deadline_ms: float | None = None
+
+
+class Sampling(Struct, frozen=True, kw_only=True):
+    """Sampling parameters in vLLM's vocabulary; None = the engine's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """The header of one client call: all that decisions need, without the prompt itself.
+
+    `request_id` is msd's own, `(tenant, client_request_id)` is the idempotency key, `content_hash` tells a repeat from
+    a conflict. `deadline_us` is absolute (monotonic), derived from `slo.deadline_ms` at receipt.
+    """
+
+    request_id: str
+    client_request_id: str
+    tenant: str
+    content_hash: bytes
+    received_us: int
+    num_prompt_tokens: int
+    max_tokens: int
+    service_class: ServiceClass = "standard"
+    priority: int = 0
+    deadline_us: int | None = None
+    slo: Slo = Slo()
+    model: str | None = None
+    mode_hint: str | None = None
+    mode_strict: bool = False
+    quality_floor: float | None = None
+    task: str | None = None
+    session_id: str | None = None
+    prefix_id: str | None = None
+    ignore_eos: bool = False
+    stream: bool = True
+
+
+class Prompt(Struct, frozen=True, kw_only=True):
+    """The body of a request: token ids (length n) and how to sample from them. Never logged."""
+
+    token_ids: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    tags: dict[str, str] = {}
+
+
+class Mode(Struct, frozen=True, kw_only=True):
+    """What a request can be routed to: an engine in one of its variants, with the traits that policies may use."""
+
+    name: str
+    engine: str
+    model: str
+    precision: Precision = "bf16"
+    speculation: Speculation = "none"
+    prefix_caching: bool = False
+    simulated: bool = False
+    quality: float | None = None
+    """Certified exact-match accuracy of this mode, 0..1, where a gate has measured it."""
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """What an engine tells about itself once it is warm."""
+
+    engine: str
+    max_model_len: int
+    max_num_seqs: int
+    kv_capacity_tokens: int
+    pids: tuple[int, ...] = ()
+    version: str = ""
+    idle_ttft_ms: float = 0.0
+    """TTFT of the warm-up request, alone on the engine: the estimator's first prior."""
+    idle_tpot_ms: float = 0.0
+    start_s: float = 0.0
+
+
+class EngineLoad(Struct, frozen=True, kw_only=True):
+    """The engine's own gauges: requests running and waiting inside it, share of KV blocks in use (0..1)."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+
+
+class GpuView(Struct, frozen=True, kw_only=True):
+    """Latest snapshot of one GPU. A field that cannot be read is None, never 0. Bytes, watts, MHz, Celsius."""
+
+    source: Literal["nvml", "simulated", "none"] = "none"
+    uuid: str = ""
+    index: int = 0
+    name: str = ""
+    t_us: int = 0
+    memory_total_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    memory_free_bytes: int | None = None
+    memory_reserved_bytes: int | None = None
+    power_instant_w: float | None = None
+    power_average_w: float | None = None
+    power_limit_w: float | None = None
+    sm_util: float | None = None
+    mem_util: float | None = None
+    sm_clock_mhz: int | None = None
+    temperature_c: int | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    energy_mj: int | None = None
+    epoch: int = 0
+    error: str = ""
+
+
+class Mask(IntFlag):
+    """Why a candidate must not be chosen. 0 = it may be. HINT and SLOTS are wishes and bounds of the moment."""
+
+    MODEL = 1
+    HINT = 2
+    CONTEXT = 4
+    QUALITY = 8
+    HEALTH = 16
+    MEMORY = 32
+    SLOTS = 64
+    DEADLINE = 128
+
+
+class Features(Struct, frozen=True):
+    """What is known of a request before its first token (docs/explanation/architecture.md, step 4).
+
+    Tokens are counts, `arrival_cv` is the coefficient of variation of recent gaps between arrivals (1 = Poisson).
+    """
+
+    num_prompt_tokens: int
+    num_expected_tokens: int
+    max_tokens: int
+    shared_prefix: bool
+    task: str | None
+    service_class: ServiceClass
+    num_running: int
+    num_waiting: int
+    arrival_cv: float
+    memory_pressure: float
+    waited_us: int
+    slack_us: int | None
+    view_age_us: int | None
+
+
+class Candidate(Struct, frozen=True):
+    """One mode in one decision: predicted figures (ms; mJ or None) and the reasons, if any, not to choose it."""
+
+    mode: str
+    mask: int
+    ttft_ms: float
+    tpot_ms: float
+    e2el_ms: float
+    energy_mj: int | None
+    num_running: int
+    num_free_slots: int
+
+
+class Choice(Struct, frozen=True):
+    """A policy's answer: index into the candidates, the probability with which it was drawn, and one line why."""
+
+    arm: int
+    propensity: float
+    reason: str
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """One routing decision, whole: enough to explain it and to replay it afterwards."""
+
+    decision_id: str
+    request_id: str
+    attempt: int
+    t_us: int
+    policy: str
+    mode: str
+    engine: str
+    reason: str
+    propensity: float
+    features: Features
+    candidates: tuple[Candidate, ...]
+    view: GpuView | None
+
+
+class Energy(Struct, frozen=True, kw_only=True):
+    """A request's share of the counter, in mJ. Absent (None) when nothing was measured, never 0."""
+
+    energy_mj: int
+    dynamic_mj: int
+    static_mj: int
+    source: EnergySource
+    settled: bool
+
+
+class Timings(Struct, frozen=True, kw_only=True):
+    """Where a request's time went, in ms. `tpot_ms` is 0 for a single token."""
+
+    queue_ms: float = 0.0
+    ttft_ms: float = 0.0
+    tpot_ms: float = 0.0
+    engine_ms: float = 0.0
+    e2e_ms: float = 0.0
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    """The terminal state of a request without its text: either a finish reason or an error code."""
+
+    request_id: str
+    attempt: int
+    finish_reason: FinishReason | None
+    error_code: str = ""
+    message: str = ""
+    mode: str = ""
+    decision_id: str = ""
+    reason: str = ""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_completion_tokens: int = 0
+    timings: Timings = Timings()
+    energy: Energy | None = None
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """What is stored and delivered: the outcome, with the text and token ids that were generated."""
+
+    outcome: Outcome
+    client_request_id: str
+    tenant: str
+    seq: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+
+
+class Observation(Struct, frozen=True, kw_only=True):
+    """What was measured of a decision: the feedback that policies learn from."""
+
+    decision_id: str
+    mode: str
+    finish_reason: FinishReason | None
+    ttft_ms: float
+    tpot_ms: float
+    e2el_ms: float
+    num_completion_tokens: int
+    energy: Energy | None
+    slo_met: bool | None
+
+
+class ExitKind(IntEnum):
+    """Who ended an engine: it died by itself (a strike against its requests), or somebody stopped it."""
+
+    DIED = 0
+    STOPPED = 1
+
+
+class Chunk(Struct, frozen=True):
+    """What an engine generated since its last chunk: DELTA output, coalesced. The last one has a `finish_reason`."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+
+class CounterReading(Struct, frozen=True, kw_only=True):
+    """One reading of a physical energy counter. `epoch` changes when the counter was reset."""
+
+    domain: str
+    t_us: int
+    energy_mj: int
+    epoch: int = 0
+    source: EnergySource = "counter"
+    idle_w: float | None = None
+    """The probe's own knowledge of idle power (a simulated GPU states it); None = the ledger learns it."""
