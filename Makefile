@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help
 help: ## print this list
 	@echo "msd: make TARGET"
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ##@ first things
 
