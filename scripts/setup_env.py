@@ -246,7 +246,8 @@ def step(what: str, command: list[str]) -> str:
                 process.wait(timeout=HEARTBEAT_S)
                 break
             except subprocess.TimeoutExpired:
-                last = lines[-1].strip() if lines else "no output yet"
+                told = [line.strip() for line in lines[-50:] if not line.startswith("WARNING")]
+                last = told[-1] if told else "no output yet"
                 say(f"    {time.monotonic() - began:4.0f} s  {last[:100]}")
     except BaseException:
         process.terminate()
