@@ -57,7 +57,14 @@ class EngineLostError(EngineError):
 
 
 class RequestRefusedByEngineError(EngineError):
-    """The engine refused this one request (its arguments, not its health). Not recoverable for that request."""
+    """The engine refused this one request (its arguments, not its health). Not recoverable for that request.
+
+    `error_code` is the wire's word for it: `context_overflow`, `queue_full` (the engine's own bound), `invalid_field`.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "", error_code: str = "invalid_field") -> None:
+        super().__init__(message, remedy=remedy)
+        self.error_code = error_code
 
 
 class JournalError(MsdError):
