@@ -108,7 +108,7 @@ def setup(wanted: str, force: bool) -> int:
             check_disk(platform)
             make_venv(find_python())
             venv_version = version_of(VENV_PYTHON)
-        say("installing into .venv; the first time this downloads 0.6 GB (CPU) or several GB (GPU) and takes minutes")
+        say("installing into .venv; the first time this downloads 1 GB (CPU) or several GB (GPU) and takes minutes")
         STAMP.unlink(missing_ok=True)
         LOG.write_text("")
         install_packages(platform)
