@@ -183,8 +183,8 @@ class Journal(Protocol):
         """Store the one terminal state with its result; the listener hears when. A second one is a counted no-op."""
         ...
 
-    def settle(self, request_id: str, energy: Energy) -> None:
-        """Replace a stored result's provisional energy."""
+    def settle(self, request_id: str, energy: Energy, tenant: str) -> None:
+        """Replace a stored result's provisional energy, if it is still kept."""
         ...
 
     def is_full(self, tenant: str) -> bool:

@@ -78,6 +78,7 @@ class Settle(Struct, frozen=True):
     """The request's energy is known for good: update the stored result."""
 
     request_id: str
+    tenant: str
     energy: Energy
 
 

@@ -1,0 +1,107 @@
+"""TTFT and TPOT per mode, learnt from what was measured.
+
+    TTFT [ms] = a0 + a1 * (prompt tokens not cached) / 1000        TPOT [ms] = c0 + c1 * (other requests running)
+
+Each line is fitted by recursive least squares with forgetting (lambda 0.995) on rows divided by the prediction, so that
+the error is relative (modeswitch spec, section 6). The first prior is the engine's own warm-up. Guards: the trace of P
+is capped, one observation moves a prediction by at most a factor, coefficients stay non-negative.
+"""
+
+from __future__ import annotations
+
+from msd.domain import EngineInfo
+
+_LAMBDA = 0.995
+_P0 = 100.0
+_P_MAX = 1e4
+_FACTOR_MAX = 4.0
+_FLOOR_MS = 0.01
+_ENERGY_ALPHA = 0.05
+
+
+class _Line:
+    """y = a + b * x by recursive least squares in scalars; x is scaled to O(1) by the caller."""
+
+    __slots__ = ("a", "b", "n", "p00", "p01", "p11")
+
+    def __init__(self, a: float, b: float) -> None:
+        self.a = a
+        self.b = b
+        self.n = 0
+        self.p00 = _P0
+        self.p01 = 0.0
+        self.p11 = _P0
+
+    def at(self, x: float) -> float:
+        y = self.a + self.b * x
+        return y if y > _FLOOR_MS else _FLOOR_MS
+
+    def learn(self, x: float, y: float) -> None:
+        predicted = self.at(x)
+        # Before the first observation the prior is only a guess; afterwards one outlier must not tear the line away.
+        if self.n:
+            y = min(max(y, predicted / _FACTOR_MAX), predicted * _FACTOR_MAX)
+        scale = 1.0 / max(predicted, _FLOOR_MS)
+        h0, h1 = scale, x * scale
+        error = (y - self.a - self.b * x) * scale
+        p00, p01, p11 = self.p00, self.p01, self.p11
+        g0 = p00 * h0 + p01 * h1
+        g1 = p01 * h0 + p11 * h1
+        inverse = 1.0 / (_LAMBDA + h0 * g0 + h1 * g1)
+        k0, k1 = g0 * inverse, g1 * inverse
+        self.a = max(0.0, self.a + k0 * error)
+        self.b = max(0.0, self.b + k1 * error)
+        self.p00 = min((p00 - k0 * g0) / _LAMBDA, _P_MAX)
+        self.p01 = (p01 - k0 * g1) / _LAMBDA
+        self.p11 = min((p11 - k1 * g1) / _LAMBDA, _P_MAX)
+        if self.p01 * self.p01 > self.p00 * self.p11:
+            self.p01 = 0.0
+        self.n += 1
+
+
+class ModeEstimate:
+    """What the core expects of one mode. Predictions in ms and mJ; energy is None until some was measured."""
+
+    __slots__ = ("_mj_per_token", "_service_ms", "_tpot", "_ttft")
+
+    def __init__(self) -> None:
+        self._ttft = _Line(1.0, 0.0)
+        self._tpot = _Line(1.0, 0.0)
+        self._mj_per_token: float | None = None
+        self._service_ms = 0.0
+
+    def seed(self, info: EngineInfo) -> None:
+        """Take the engine's warm-up as the prior, unless requests have taught better already."""
+        if self._ttft.n == 0 and info.idle_ttft_ms > 0:
+            self._ttft = _Line(info.idle_ttft_ms, 0.0)
+        if self._tpot.n == 0 and info.idle_tpot_ms > 0:
+            self._tpot = _Line(info.idle_tpot_ms, 0.0)
+
+    def ttft_ms(self, num_new_tokens: int) -> float:
+        """Time from dispatch to the first token for a prompt with this many tokens to compute."""
+        return self._ttft.at(num_new_tokens * 0.001)
+
+    def tpot_ms(self, num_running: int) -> float:
+        """Time per further token beside this many other requests."""
+        return self._tpot.at(float(num_running))
+
+    def energy_mj(self, num_tokens: int) -> int | None:
+        """Energy of a request that computes and generates this many tokens."""
+        return None if self._mj_per_token is None else int(self._mj_per_token * num_tokens)
+
+    def wait_ms(self, num_ahead: int, num_slots: int) -> float:
+        """Expected wait for a slot when `num_ahead` requests are served before, on `num_slots` slots."""
+        return self._service_ms * num_ahead / num_slots if num_slots else self._service_ms * num_ahead
+
+    def learn_times(self, num_new_tokens: int, ttft_ms: float, tpot_ms: float, num_running: int, service_ms: float) -> None:
+        """A finished attempt: times from its dispatch; `tpot_ms` 0 when it had a single token."""
+        self._ttft.learn(num_new_tokens * 0.001, ttft_ms)
+        if tpot_ms > 0:
+            self._tpot.learn(float(num_running), tpot_ms)
+        self._service_ms = service_ms if not self._service_ms else 0.95 * self._service_ms + 0.05 * service_ms
+
+    def learn_energy(self, energy_mj: int, num_tokens: int) -> None:
+        """A settled request: its energy over the tokens that it computed and generated."""
+        rate = energy_mj / max(1, num_tokens)
+        old = self._mj_per_token
+        self._mj_per_token = rate if old is None else old + _ENERGY_ALPHA * (rate - old)

@@ -1,0 +1,622 @@
+"""The scheduler: the only place where request state changes. `handle(event) -> list[Command]`, synchronous and pure.
+
+A request goes APPENDING -> WAITING -> RUNNING -> COMPLETING -> closed, and each arrow is one method below. Time comes on
+events, randomness from the seeded generator given at construction; there is no clock, no socket and no asyncio here.
+After every event that frees a slot or adds work, `_fill` gives free slots to waiting requests in fair order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
+from random import Random
+from typing import assert_never
+
+from msd.config import EnergyConfig, LimitsConfig
+from msd.core import commands as c
+from msd.core import events as e
+from msd.core.admission import Admission
+from msd.core.commands import Command
+from msd.core.entry import Entry, Phase
+from msd.core.events import Event
+from msd.core.features import Arrivals, extract
+from msd.core.fleet import Fleet
+from msd.core.ledger import Ledger
+from msd.core.lengths import LengthLearner
+from msd.core.queue import FairQueue
+from msd.core.router import Router
+from msd.domain import Decision, Energy, FinishReason, GpuView, Mask, Mode, Observation, Outcome, Request, Timings
+from msd.ports import Policy
+
+_DECISIONS_PER_EVENT = 64
+_BLOCKED_PER_EVENT = 4
+_EXPIRED_PER_EVENT = 1_000
+_DUPLICATES_PER_REQUEST = 64
+_UNSETTLED_KEPT = 4_096
+_STALE_DEADLINES_ALLOWED = 1_024
+
+
+class Counts:
+    """Conservation: submitted = delivered + rejected + aborted + failed + duplicates + pending, at every step."""
+
+    __slots__ = ("aborted", "delivered", "duplicates", "failed", "rejected", "restarts", "submitted")
+
+    def __init__(self) -> None:
+        self.submitted = 0
+        self.delivered = 0
+        self.rejected = 0
+        self.aborted = 0
+        self.failed = 0
+        self.duplicates = 0
+        self.restarts = 0
+
+
+class Scheduler:
+    """State of all open requests, and what to do next about them."""
+
+    def __init__(
+        self,
+        modes: Sequence[tuple[Mode, int, int | None]],
+        make_policy: Callable[[Sequence[Mode]], Policy],
+        limits: LimitsConfig,
+        energy: EnergyConfig,
+        tenant_weights: dict[str, int],
+        rng: Random,
+    ) -> None:
+        """`modes`: each with its slots and, where already known, the longest context of its engine."""
+        self._limits = limits
+        self.counts = Counts()
+        self.fleet = Fleet(modes)
+        self.ledger = Ledger(energy)
+        self.queue = FairQueue(limits.class_weights, tenant_weights)
+        self.admission = Admission(limits, self.fleet)
+        self.decisions: deque[Decision] = deque(maxlen=limits.decisions_kept)
+        self.reasons: Counter[tuple[str, str]] = Counter()
+        """How often each (mode, reason) was decided; reasons are the policies' own, so they are few."""
+        self.idle_with_backlog_us = 0
+        self._router = Router(self.fleet, make_policy([mode for mode, _, _ in modes]), rng)
+        self._lengths = LengthLearner()
+        self._arrivals = Arrivals()
+        self._view: GpuView | None = None
+        self._open: dict[str, Entry] = {}
+        self._by_key: dict[tuple[str, str], Entry] = {}
+        self._deadlines: list[tuple[int, int, Entry]] = []
+        self._unsettled: dict[str, tuple[Decision, Observation, int]] = {}
+        self._next_seq = 1
+        self._drain_until_us: int | None = None
+        self._idle_since_us = -1
+        self._out: list[Command] = []
+
+    # --- what others may look at ---------------------------------------------------------------------------------
+
+    @property
+    def num_pending(self) -> int:
+        """Requests that were submitted and have no delivered terminal state yet."""
+        return len(self._open)
+
+    @property
+    def view(self) -> GpuView | None:
+        """The newest GPU view."""
+        return self._view
+
+    def entry(self, request_id: str) -> Entry | None:
+        """The open request of that id, for reading only."""
+        return self._open.get(request_id)
+
+    def find(self, tenant: str, client_request_id: str) -> Entry | None:
+        """The open request of that idempotency key, for reading only."""
+        return self._by_key.get((tenant, client_request_id))
+
+    def entries(self) -> list[Entry]:
+        """All open requests, for the invariant checks."""
+        return list(self._open.values())
+
+    # --- the one entrance ----------------------------------------------------------------------------------------
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take one event; return what the world must do next, in order."""
+        self._out = out = []
+        match event:
+            case e.Submitted():
+                self._on_submitted(event)
+            case e.Appended():
+                self._on_appended(event)
+            case e.FirstToken():
+                self._on_first_token(event)
+            case e.Finished():
+                self._on_finished(event)
+            case e.Completed():
+                self._on_completed(event)
+            case e.EngineStepped():
+                self.fleet.stepped(event.engine, event.load)
+                for request_id, num_tokens in event.progress:
+                    self.ledger.progress(event.t_us, request_id, num_tokens)
+            case e.CounterRead():
+                self._settle(self.ledger.counter(event.reading))
+            case e.ViewTaken():
+                self._view = event.view
+            case e.Tick():
+                self._on_tick(event.t_us)
+            case e.Cancelled():
+                self._on_cancelled(event)
+            case e.Failed():
+                self._on_failed(event)
+            case e.EngineUp():
+                self.fleet.engine_up(event.info)
+                self._fill(event.t_us)
+            case e.EngineLost():
+                self.fleet.engine_lost(event.engine)
+                self._fill(event.t_us)
+            case e.AppendDuplicated():
+                self._on_append_duplicated(event)
+            case e.AppendFailed():
+                self._on_append_failed(event)
+            case e.Recovered():
+                self._on_recovered(event)
+            case e.Draining():
+                self._drain_until_us = event.until_us
+                self._on_tick(event.t_us)
+            case _:
+                assert_never(event)
+        return out
+
+    # --- in ------------------------------------------------------------------------------------------------------
+
+    def _on_submitted(self, event: e.Submitted) -> None:
+        request = event.request
+        self.counts.submitted += 1
+        self._arrivals.note(event.t_us)
+        if self._drain_until_us is not None:
+            left_ms = max(1, (self._drain_until_us - event.t_us) // 1000)
+            self._reject(request.request_id, "draining", "the daemon is stopping; submit again when it is back", left_ms)
+            return
+        existing = self._by_key.get((request.tenant, request.client_request_id))
+        if existing is not None:
+            self._on_repeated(request, existing)
+            return
+        static = self.admission.masks(request)
+        refusal = self.admission.refuse(request, static, self._expected_wait_ms())
+        if refusal is not None:
+            self._reject(request.request_id, refusal.error_code, refusal.message, refusal.retry_after_ms)
+            return
+        entry = self._admit(request, static)
+        self._out.append(c.Append(entry.request.request_id))
+
+    def _on_repeated(self, request: Request, existing: Entry) -> None:
+        existing_id = existing.request.request_id
+        if existing.request.content_hash != request.content_hash:
+            self._reject(
+                request.request_id,
+                "idempotency_conflict",
+                f"client_request_id {request.client_request_id!r} is in use by a request with another body",
+            )
+        elif existing.phase is not Phase.APPENDING:
+            self.counts.duplicates += 1
+            state = "waiting" if existing.phase is Phase.WAITING else "running"
+            self._out.append(c.AckDuplicate(request.request_id, existing_id, state))
+        elif len(existing.duplicates) < _DUPLICATES_PER_REQUEST:
+            # The first one is not stored yet: a repeat must not be promised what the original was not.
+            existing.duplicates.append(request.request_id)
+        else:
+            self._reject(request.request_id, "queue_full", "too many repeats of one request at once", 100)
+
+    def _admit(self, request: Request, static: tuple[tuple[int, ...], int]) -> Entry:
+        entry = Entry(request, *static)
+        entry.length_class = self._lengths.classify(request)
+        entry.expected_tokens = self._lengths.expect(request, entry.length_class)
+        self._open[request.request_id] = entry
+        self._by_key[(request.tenant, request.client_request_id)] = entry
+        self.admission.reserve(entry)
+        return entry
+
+    def _on_recovered(self, event: e.Recovered) -> None:
+        request = event.request
+        self.counts.submitted += 1
+        static = self.admission.masks(request)
+        entry = self._admit(request, static)
+        if not static[1]:
+            self._end(entry, event.t_us, "mode_unavailable", "no configured mode can serve this recovered request")
+        else:
+            self._enqueue(entry, event.t_us)
+            self._fill(event.t_us)
+
+    def _on_appended(self, event: e.Appended) -> None:
+        entry = self._open[event.request_id]
+        self._out.append(c.Ack(event.request_id, event.seq))
+        self._ack_repeats(entry)
+        if entry.abort_reason == "cancel":
+            self._end_unrun(entry, event.t_us)
+        elif self._drain_until_us is not None:
+            self._end(entry, event.t_us, "draining", "the daemon is stopping; submit again when it is back")
+        else:
+            self._enqueue(entry, event.t_us)
+            self._fill(event.t_us)
+
+    def _ack_repeats(self, entry: Entry) -> None:
+        for repeat_id in entry.duplicates:
+            self.counts.duplicates += 1
+            self._out.append(c.AckDuplicate(repeat_id, entry.request.request_id, "waiting"))
+        entry.duplicates.clear()
+
+    def _on_append_duplicated(self, event: e.AppendDuplicated) -> None:
+        entry = self._open[event.request_id]
+        for request_id in (event.request_id, *entry.duplicates):
+            if entry.request.content_hash == event.content_hash:
+                self.counts.duplicates += 1
+                self._out.append(c.AckDuplicate(request_id, event.existing_id, "finished"))
+            else:
+                key = entry.request.client_request_id
+                message = f"client_request_id {key!r} is in use by a finished request with another body"
+                self._reject(request_id, "idempotency_conflict", message)
+        self._forget(entry)
+
+    def _on_append_failed(self, event: e.AppendFailed) -> None:
+        entry = self._open[event.request_id]
+        for request_id in (event.request_id, *entry.duplicates):
+            self._reject(request_id, "journal_unavailable", f"{event.message}; submit again with the same id", 1_000)
+        self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        """An entry that was never accepted leaves the books."""
+        entry.phase = Phase.CLOSED
+        self.admission.release(entry)
+        del self._open[entry.request.request_id]
+        del self._by_key[(entry.request.tenant, entry.request.client_request_id)]
+
+    def _reject(self, request_id: str, code: str, message: str, retry_after_ms: int | None = None) -> None:
+        self.counts.rejected += 1
+        self._out.append(c.Reject(request_id, code, message, retry_after_ms))
+
+    # --- waiting -------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, entry: Entry, t_us: int) -> None:
+        entry.phase = Phase.WAITING
+        if not entry.seq:
+            entry.seq = self._next_seq
+            self._next_seq += 1
+        if entry.request.deadline_us is not None:
+            # Also for a retry: its first item may have surfaced, unheeded, while it ran.
+            heappush(self._deadlines, (entry.request.deadline_us, entry.seq, entry))
+        self.queue.push(entry)
+        self._note_idleness(t_us)
+
+    def _fill(self, t_us: int) -> None:
+        """Give free slots to waiting requests, in fair order, until none is left that a free mode may serve."""
+        blocked: list[Entry] = []
+        for _ in range(_DECISIONS_PER_EVENT):
+            if not self.fleet.free or not self.queue.num_waiting:
+                break
+            entry = self.queue.pop(self.fleet.free, self.fleet.up)
+            if entry is None:
+                break
+            if not self._route(entry, t_us):
+                blocked.append(entry)
+                # What memory holds back stays first in line; the few behind it may still fit beside it.
+                if len(blocked) >= _BLOCKED_PER_EVENT:
+                    break
+        for entry in blocked:
+            self.queue.push(entry)
+        self._note_idleness(t_us)
+
+    def _route(self, entry: Entry, t_us: int) -> bool:
+        """Decide one request that was just taken from the queue. False: nothing can serve it at this moment."""
+        features = extract(entry, t_us, self.fleet, self.queue.num_waiting, self._arrivals.cv, self._view)
+        candidates = self._router.candidates(entry, features)
+        choice = self._router.choose(features, candidates, entry.request.mode_hint)
+        if choice is None:
+            if all(candidate.mask & (Mask.CONTEXT | Mask.MODEL | Mask.HINT | Mask.QUALITY) for candidate in candidates):
+                self.queue.push(entry)
+                self._end(entry, t_us, "context_overflow", _overflow_message(entry.request, self.fleet))
+                return True
+            entry.parked = -1
+            return False
+        arm = choice.arm
+        if candidates[arm].mask:
+            # The policy would rather wait for a busy mode. It is asked again when that mode has a slot.
+            entry.parked = arm
+            self.queue.push(entry)
+            return True
+        decision = self._router.decide(entry, t_us, features, candidates, choice, self._view)
+        self._dispatch(entry, t_us, arm, decision)
+        return True
+
+    def _dispatch(self, entry: Entry, t_us: int, arm: int, decision: Decision) -> None:
+        request = entry.request
+        entry.phase = Phase.RUNNING
+        entry.parked = arm
+        entry.attempt = decision.attempt
+        entry.decision = decision
+        entry.dispatched_us = t_us
+        entry.first_token_us = 0
+        entry.num_cached_tokens = 0
+        entry.reserved_tokens = request.num_prompt_tokens + entry.expected_tokens
+        self.admission.release(entry)
+        self.fleet.occupy(arm, entry.reserved_tokens)
+        self.ledger.started(t_us, request.request_id, request.num_prompt_tokens, decision.mode, request.tenant)
+        self.decisions.append(decision)
+        self.reasons[(decision.mode, decision.reason)] += 1
+        self._out.append(c.Dispatch(request.request_id, decision.attempt, decision, t_us - entry.waiting_since_us))
+
+    # --- running -------------------------------------------------------------------------------------------------
+
+    def _current(self, request_id: str, attempt: int) -> Entry | None:
+        """The running entry that an engine's report is about; None when the report is of an older attempt."""
+        entry = self._open.get(request_id)
+        if entry is None or entry.phase is not Phase.RUNNING or entry.attempt != attempt:
+            return None
+        return entry
+
+    def _on_first_token(self, event: e.FirstToken) -> None:
+        entry = self._current(event.request_id, event.attempt)
+        if entry is not None:
+            entry.first_token_us = event.t_us
+            entry.num_cached_tokens = event.num_cached_tokens
+            self.ledger.first_token(event.t_us, event.request_id, event.num_cached_tokens)
+
+    def _on_finished(self, event: e.Finished) -> None:
+        entry = self._current(event.request_id, event.attempt)
+        if entry is None:
+            return
+        t_us = event.t_us
+        aborted = event.finish_reason == "abort"
+        self._vacate(entry, t_us, event.num_completion_tokens, "aborted" if aborted else "")
+        if not aborted:
+            self._learn(entry, t_us, event)
+            self._complete(entry, t_us, event.finish_reason, event.num_completion_tokens)
+        elif entry.abort_reason in ("", "cancel"):
+            self._complete(entry, t_us, "abort", event.num_completion_tokens)
+        else:
+            self._end(entry, t_us, entry.abort_reason, "aborted: the daemon stopped before the request finished")
+        self._fill(t_us)
+
+    def _on_failed(self, event: e.Failed) -> None:
+        entry = self._current(event.request_id, event.attempt)
+        if entry is None:
+            return
+        t_us = event.t_us
+        self._vacate(entry, t_us, 0, "restarted" if event.lost else "failed")
+        if not event.lost:
+            self._end(entry, t_us, event.error_code, event.message)
+        elif entry.abort_reason == "cancel":
+            self._end_unrun(entry, t_us)
+        elif entry.attempt >= self._limits.max_attempts:
+            message = f"its engine died in each of {entry.attempt} attempts; the last: {event.message}"
+            self._end(entry, t_us, "dead_letter", message)
+        elif self._drain_until_us is not None:
+            self._end(entry, t_us, "draining", "its engine was lost while the daemon was stopping")
+        else:
+            self.counts.restarts += 1
+            entry.parked = -1
+            self.admission.reserve(entry)
+            self._out.append(c.Restart(event.request_id, entry.attempt + 1, "engine_lost"))
+            self._enqueue(entry, t_us)
+        self._fill(t_us)
+
+    def _vacate(self, entry: Entry, t_us: int, num_tokens: int, wasted: str) -> None:
+        """The attempt left its engine; `wasted` says why nobody received its work, "" when somebody does."""
+        assert entry.decision is not None
+        self.fleet.release(entry.parked, entry.reserved_tokens)
+        request_id = entry.request.request_id
+        if num_tokens:
+            self.ledger.progress(t_us, request_id, num_tokens)
+        self.ledger.ended(t_us, request_id, "wasted" if wasted else "requests", wasted)
+
+    def _learn(self, entry: Entry, t_us: int, event: e.Finished) -> None:
+        request, decision = entry.request, entry.decision
+        assert decision is not None
+        num_tokens = event.num_completion_tokens
+        first_us = entry.first_token_us or t_us
+        tpot_ms = (t_us - first_us) * 0.001 / (num_tokens - 1) if num_tokens > 1 else 0.0
+        ttft_ms = (first_us - entry.dispatched_us) * 0.001
+        book = self.fleet.books[entry.parked]
+        num_new = request.num_prompt_tokens - entry.num_cached_tokens
+        book.estimate.learn_times(num_new, ttft_ms, tpot_ms, book.num_running, (t_us - entry.dispatched_us) * 0.001)
+        if not request.ignore_eos:
+            self._lengths.learn(entry.length_class, num_tokens)
+        e2el_ms = (t_us - request.received_us) * 0.001
+        user_ttft_ms = (first_us - request.received_us) * 0.001
+        observation = Observation(
+            decision_id=decision.decision_id,
+            mode=decision.mode,
+            finish_reason=event.finish_reason,
+            ttft_ms=user_ttft_ms,
+            tpot_ms=tpot_ms,
+            e2el_ms=e2el_ms,
+            num_completion_tokens=num_tokens,
+            energy=None,
+            slo_met=_slo_met(request, user_ttft_ms, tpot_ms, e2el_ms),
+        )
+        if self.ledger.is_metered:
+            # Policies hear of a request once, with its energy: when the ledger has settled it.
+            if len(self._unsettled) >= _UNSETTLED_KEPT:
+                self._learn_settled(next(iter(self._unsettled)), None)
+            self._unsettled[request.request_id] = (decision, observation, request.num_prompt_tokens + num_tokens)
+        else:
+            self._router.policy.update(decision, observation)
+
+    def _settle(self, settled: list[tuple[str, Energy]]) -> None:
+        for request_id, energy in settled:
+            self._learn_settled(request_id, energy)
+            self._out.append(c.Settle(request_id, energy))
+
+    def _learn_settled(self, request_id: str, energy: Energy | None) -> None:
+        known = self._unsettled.pop(request_id, None)
+        if known is None:
+            return
+        decision, observation, num_tokens = known
+        if energy is not None:
+            self.fleet.books[self.fleet.by_name[decision.mode]].estimate.learn_energy(energy.energy_mj, num_tokens)
+        self._router.policy.update(decision, _with_energy(observation, energy))
+
+    # --- out -----------------------------------------------------------------------------------------------------
+
+    def _complete(self, entry: Entry, t_us: int, finish_reason: FinishReason, num_tokens: int) -> None:
+        """The request ran and has an answer (or was aborted while running): store it."""
+        request, decision = entry.request, entry.decision
+        assert decision is not None
+        received_us, first_us = request.received_us, entry.first_token_us
+        outcome = Outcome(
+            request_id=request.request_id,
+            attempt=entry.attempt,
+            finish_reason=finish_reason,
+            mode=decision.mode,
+            decision_id=decision.decision_id,
+            reason=decision.reason,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=entry.num_cached_tokens,
+            num_completion_tokens=num_tokens,
+            timings=Timings(
+                queue_ms=(entry.dispatched_us - received_us) * 0.001,
+                ttft_ms=(first_us - received_us) * 0.001 if first_us else 0.0,
+                tpot_ms=(t_us - first_us) * 0.001 / (num_tokens - 1) if first_us and num_tokens > 1 else 0.0,
+                engine_ms=(t_us - entry.dispatched_us) * 0.001,
+                e2e_ms=(t_us - received_us) * 0.001,
+            ),
+            energy=self.ledger.provisional(request.request_id, t_us),
+        )
+        self._store(entry, outcome, "aborted" if finish_reason == "abort" else "delivered")
+
+    def _end_unrun(self, entry: Entry, t_us: int) -> None:
+        """A cancelled request that does not run: an abort without tokens."""
+        request = entry.request
+        waited_ms = (t_us - request.received_us) * 0.001
+        outcome = Outcome(
+            request_id=request.request_id,
+            attempt=entry.attempt,
+            finish_reason="abort",
+            reason="cancelled before it ran",
+            num_prompt_tokens=request.num_prompt_tokens,
+            timings=Timings(queue_ms=waited_ms, e2e_ms=waited_ms),
+        )
+        self._store(entry, outcome, "aborted")
+
+    def _end(self, entry: Entry, t_us: int, code: str, message: str) -> None:
+        """The request failed for good."""
+        outcome = Outcome(
+            request_id=entry.request.request_id,
+            attempt=entry.attempt,
+            finish_reason=None,
+            error_code=code,
+            message=message,
+            num_prompt_tokens=entry.request.num_prompt_tokens,
+            timings=Timings(e2e_ms=(t_us - entry.request.received_us) * 0.001),
+        )
+        self._store(entry, outcome, "failed")
+
+    def _store(self, entry: Entry, outcome: Outcome, kind: str) -> None:
+        if entry.phase in (Phase.APPENDING, Phase.WAITING):
+            was_waiting = entry.phase is Phase.WAITING
+            entry.phase = Phase.COMPLETING
+            self.admission.release(entry)
+            if was_waiting:
+                self.queue.discard(entry)
+        entry.phase = Phase.COMPLETING
+        entry.outcome_kind = kind
+        self._out.append(c.Complete(outcome))
+
+    def _on_completed(self, event: e.Completed) -> None:
+        entry = self._open.pop(event.request_id)
+        assert entry.phase is Phase.COMPLETING, "stored a terminal state that was not asked for"
+        entry.phase = Phase.CLOSED
+        del self._by_key[(entry.request.tenant, entry.request.client_request_id)]
+        match entry.outcome_kind:
+            case "delivered":
+                self.counts.delivered += 1
+            case "aborted":
+                self.counts.aborted += 1
+            case _:
+                self.counts.failed += 1
+        self._out.append(c.Deliver(event.request_id, event.seq))
+        if len(self._deadlines) > 2 * len(self._open) + _STALE_DEADLINES_ALLOWED:
+            self._deadlines = [item for item in self._deadlines if item[2].phase is Phase.WAITING]
+            heapify(self._deadlines)
+
+    # --- ends from outside ---------------------------------------------------------------------------------------
+
+    def _on_cancelled(self, event: e.Cancelled) -> None:
+        entry = self._open.get(event.request_id)
+        if entry is None or entry.abort_reason:
+            return
+        entry.abort_reason = "cancel"
+        if entry.phase is Phase.WAITING:
+            self._end_unrun(entry, event.t_us)
+        elif entry.phase is Phase.RUNNING:
+            self._out.append(c.Abort(event.request_id, entry.attempt))
+
+    def _on_tick(self, t_us: int) -> None:
+        deadlines = self._deadlines
+        for _ in range(_EXPIRED_PER_EVENT):
+            if not deadlines or deadlines[0][0] > t_us:
+                break
+            entry = heappop(deadlines)[2]
+            if entry.phase is Phase.WAITING:
+                waited_ms = (t_us - entry.request.received_us) / 1000
+                self._end(entry, t_us, "deadline_exceeded", f"waited {waited_ms:.0f} ms, past its deadline")
+        if self._drain_until_us is not None:
+            self._drain(t_us)
+        self._fill(t_us)
+
+    def _drain(self, t_us: int) -> None:
+        """What waits is answered; what runs may go on until the limit, then it is aborted. Once per request."""
+        assert self._drain_until_us is not None
+        waiting = []
+        for entry in self.queue.entries():
+            waiting.append(entry)
+            if len(waiting) >= _EXPIRED_PER_EVENT:
+                break
+        for entry in waiting:
+            self._end(entry, t_us, "draining", "the daemon stopped before the request ran; submit it again")
+        if t_us >= self._drain_until_us:
+            for entry in self._open.values():
+                if entry.phase is Phase.RUNNING and not entry.abort_reason:
+                    entry.abort_reason = "draining"
+                    self._out.append(c.Abort(entry.request.request_id, entry.attempt))
+
+    # --- figures -------------------------------------------------------------------------------------------------
+
+    def _expected_wait_ms(self) -> float:
+        slots = sum(book.num_slots for book in self.fleet.books if book.up)
+        waits = [book.estimate.wait_ms(self.queue.num_waiting, slots) for book in self.fleet.books if book.up]
+        return min(waits, default=1_000.0)
+
+    def _note_idleness(self, t_us: int) -> None:
+        """Add up the time in which requests wait although an engine is up and nothing runs (it must stay near 0)."""
+        idle = bool(self.queue.num_waiting and self.fleet.up and not self.fleet.num_running)
+        if self._idle_since_us >= 0:
+            self.idle_with_backlog_us += t_us - self._idle_since_us
+        self._idle_since_us = t_us if idle else -1
+
+
+def _overflow_message(request: Request, fleet: Fleet) -> str:
+    lengths = ", ".join(f"{book.mode.name} {book.max_model_len}" for book in fleet.books if book.max_model_len)
+    return (
+        f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.max_tokens}: together "
+        f"{request.num_prompt_tokens + request.max_tokens}; longest contexts: {lengths}"
+    )
+
+
+def _slo_met(request: Request, ttft_ms: float, tpot_ms: float, e2el_ms: float) -> bool | None:
+    """Whether every bound that the producer gave was kept; None when it gave none."""
+    slo = request.slo
+    if slo.ttft_ms is None and slo.tpot_ms is None and slo.deadline_ms is None:
+        return None
+    return (
+        (slo.ttft_ms is None or ttft_ms <= slo.ttft_ms)
+        and (slo.tpot_ms is None or tpot_ms <= slo.tpot_ms)
+        and (slo.deadline_ms is None or e2el_ms <= slo.deadline_ms)
+    )
+
+
+def _with_energy(o: Observation, energy: Energy | None) -> Observation:
+    return Observation(
+        decision_id=o.decision_id,
+        mode=o.mode,
+        finish_reason=o.finish_reason,
+        ttft_ms=o.ttft_ms,
+        tpot_ms=o.tpot_ms,
+        e2el_ms=o.e2el_ms,
+        num_completion_tokens=o.num_completion_tokens,
+        energy=energy,
+        slo_met=o.slo_met,
+    )
