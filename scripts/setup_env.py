@@ -230,7 +230,7 @@ def step(what: str, command: list[str]) -> str:
 
     def follow() -> None:
         assert process.stdout is not None
-        with LOG.open("a") as log:
+        with process.stdout, LOG.open("a") as log:
             log.write("$ " + " ".join(command) + "\n")
             for line in process.stdout:
                 log.write(line)
