@@ -238,6 +238,11 @@ class Session(Protocol):
     tenant: str
     closed: bool
 
+    @property
+    def submit_credit(self) -> int:
+        """Cumulative number of submits that this session may have made, by now; goes into each Ack."""
+        ...
+
     def send(self, message: ServerMessage) -> None:
         """Queue a control message (all but Delta); a client that lets too many pile up is closed."""
         ...

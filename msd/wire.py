@@ -18,6 +18,10 @@ MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_PROMPT_BYTES = 1024 * 1024
 MAX_DURATION_MS = 86_400_000.0
 MAX_TOKENS = 131_072
+MAX_MESSAGE_CHARS = 512
+
+HELLO_FIRST = "say hello first"
+"""Start of the `invalid_field` message that a connection without a session gets; `msd.client` then re-attaches."""
 
 ErrorCode = Literal[
     "malformed",
@@ -64,7 +68,9 @@ class Resume(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
     index: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
 
-class Hello(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="hello", tag_field="t"):
+class Hello(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="hello", tag_field="t"
+):
     """First message of a connection: who is asking, and how many Deltas may be under way."""
 
     client: Annotated[str, Meta(max_length=64)]
@@ -113,7 +119,9 @@ class ModeHint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     strict: bool = False
 
 
-class Submit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="submit", tag_field="t"):
+class Submit(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="submit", tag_field="t"
+):
     """One request. Exactly one of `prompt`, `messages`, `prompt_token_ids`."""
 
     client_request_id: Id
@@ -137,7 +145,9 @@ class Submit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
     ] = {}
 
 
-class Cancel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="cancel", tag_field="t"):
+class Cancel(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="cancel", tag_field="t"
+):
     """Ask to end a request; exactly one of the two ids. The answer is the request's one terminal message."""
 
     request_id: Id | None = None
@@ -150,14 +160,18 @@ class Credit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     add: Annotated[int, Meta(ge=1, le=65_536)]
 
 
-class Status(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="status", tag_field="t"):
+class Status(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="status", tag_field="t"
+):
     """State of one request; with neither id, of the daemon."""
 
     request_id: Id | None = None
     client_request_id: Id | None = None
 
 
-class Fetch(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="fetch", tag_field="t"):
+class Fetch(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="fetch", tag_field="t"
+):
     """Stored results, by id or everything after `since_seq`."""
 
     request_ids: Annotated[tuple[Id, ...], Meta(max_length=256)] | None = None
@@ -171,7 +185,9 @@ class Acked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     request_ids: Annotated[tuple[Id, ...], Meta(max_length=256)]
 
 
-class Feedback(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="feedback", tag_field="t"):
+class Feedback(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="feedback", tag_field="t"
+):
     """How good an answer was, 0..1, as its receiver judged it."""
 
     request_id: Id
@@ -340,10 +356,10 @@ ServerMessage = Welcome | Ack | Started | Restarted | Delta | Done | Error | Sta
 # --- coding ----------------------------------------------------------------------------------------------------------
 
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""All that decoding hostile bytes can raise (ValidationError is a DecodeError); measured, see the protocol reference."""
+"""All that decoding hostile bytes can raise (ValidationError is a DecodeError): docs/reference/protocol.md."""
 
-_client_decoder = msgspec.msgpack.Decoder(ClientMessage)
-_server_decoder = msgspec.msgpack.Decoder(ServerMessage)
+_client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
 _encoder = msgspec.msgpack.Encoder()
 
 encode = _encoder.encode
@@ -359,6 +375,42 @@ def decode_client(data: bytes | memoryview) -> ClientMessage:
 def decode_server(data: bytes | memoryview) -> ServerMessage:
     """Decode what the daemon sent. Raises one of `DECODE_ERRORS`."""
     return _server_decoder.decode(data)
+
+
+class _Named(Struct, frozen=True):
+    """What can still be read of a message that was refused."""
+
+    client_request_id: str | None = None
+
+
+_named_decoder = msgspec.msgpack.Decoder(_Named)
+
+
+def client_request_id_of(data: bytes | memoryview) -> str | None:
+    """The id in a message that did not decode, so that its refusal can name it; None when that too is unreadable."""
+    try:
+        return _named_decoder.decode(data).client_request_id
+    except DECODE_ERRORS:
+        return None
+
+
+def refusal(
+    code: ErrorCode,
+    message: str,
+    *,
+    request_id: str | None = None,
+    client_request_id: str | None = None,
+    retry_after_ms: int | None = None,
+) -> Error:
+    """An Error whose `retryable` follows from its code and whose message keeps its bound."""
+    return Error(
+        code=code,
+        message=message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 3] + "...",
+        retryable=code in RETRYABLE,
+        request_id=request_id,
+        client_request_id=client_request_id,
+        retry_after_ms=retry_after_ms,
+    )
 
 
 class FieldError(ValueError):
