@@ -1,0 +1,1 @@
+"""IN: bytes from producers become validated, authenticated, counted requests."""
