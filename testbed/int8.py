@@ -88,9 +88,9 @@ def is_quantized(name: str) -> bool:
 def convert(source: Path, target: Path) -> bool:
     """Write the INT8 variant of the model in `source` to `target`; return False when it was already there."""
     weights = source / "model.safetensors"
-    fingerprint = f"{FORMAT_VERSION}:" + hashlib.sha256(
-        weights.read_bytes() + (source / "config.json").read_bytes()
-    ).hexdigest()
+    fingerprint = (
+        f"{FORMAT_VERSION}:" + hashlib.sha256(weights.read_bytes() + (source / "config.json").read_bytes()).hexdigest()
+    )
     stamp = target / "source.json"
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8"))["fingerprint"] == fingerprint:
         return False

@@ -160,7 +160,7 @@ def optimizers(model: Llama, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def step_loss(model: Llama, batch: Batch) -> tuple[Tensor, list[int], list[int]]:
-    """Return the mean loss over labelled places, and per cell the answers that were right throughout and all answers."""
+    """Return the mean loss over labelled places, and per cell how many answers were right throughout and were asked."""
     causal = torch.ones(ROW_TOKENS, ROW_TOKENS, dtype=torch.bool).tril()
     mask = (batch.documents[:, None, :, None] == batch.documents[:, None, None, :]) & causal
     at = (batch.labels.flatten() != IGNORED).nonzero().squeeze(-1)
