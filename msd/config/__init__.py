@@ -4,6 +4,8 @@
 each with file, line, dotted field, value, what is allowed, and the nearest valid key.
 """
 
+from msd.config.file import find, load, parse
+from msd.config.problems import InvalidConfigError, Problem
 from msd.config.schema import (
     POLICY_NAMES,
     Config,
@@ -29,13 +31,18 @@ __all__ = [
     "EnergyConfig",
     "EngineConfig",
     "IngressConfig",
+    "InvalidConfigError",
     "JournalConfig",
     "LimitsConfig",
     "ModelConfig",
     "PolicyConfig",
+    "Problem",
     "RulesConfig",
     "SimEngineConfig",
     "TelemetryConfig",
     "TenantConfig",
     "ZmqIngressConfig",
+    "find",
+    "load",
+    "parse",
 ]

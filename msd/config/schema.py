@@ -38,15 +38,13 @@ class DaemonConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = "auto"
     drain_s: Annotated[
         Seconds,
-        Meta(
-            description="After SIGTERM, running requests may go on for this long. TimeoutStopSec must exceed it by 30 s."
-        ),
+        Meta(description="After SIGTERM, running requests may go on for this long. TimeoutStopSec must be 30 s more."),
     ] = 60.0
     seed: Annotated[Annotated[int, Meta(ge=0, le=2**63 - 1)], Meta(description="Seed of the policies' randomness.")] = 0
     run_dir: Annotated[
         str,
         Meta(
-            description="Folder of engine logs and pid records. Empty: `$RUNTIME_DIRECTORY`, else in `$XDG_RUNTIME_DIR`."
+            description="Folder of engine logs and pid records. Empty: `$RUNTIME_DIRECTORY`, else `$XDG_RUNTIME_DIR`."
         ),
     ] = ""
 
@@ -254,7 +252,7 @@ class TelemetryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     probe: Annotated[
         Literal["auto", "nvml", "sim", "none"],
         Meta(
-            description="`auto`: the simulated GPU if all engines are simulated, else NVML if there is a GPU, else none."
+            description="`auto`: the simulated GPU if all engines are simulated, else NVML if there is one, else none."
         ),
     ] = "auto"
     rapl: Annotated[bool, Meta(description="Read the CPU package's counter too (needs read permission).")] = False
