@@ -12,6 +12,8 @@ dependencies, then the list that is known to work (docs/adr/0005-pip-and-lock-fi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +59,8 @@ REMEDIES = (
     ),
     (
         r"No matching distribution|Could not find a version",
-        "The package index has no file of that version for this Python and machine. Python 3.11 or 3.12 on Linux "
-        "x86_64 is what was tested; a mirror may also lack the release.",
+        "The package index has no file of that version for this Python and machine, or could not be asked (lines "
+        "above). Python 3.11 on Linux x86_64 is what was tested; a mirror (PIP_INDEX_URL) may lack the release.",
     ),
     (
         r"DO NOT MATCH THE HASHES|hash mismatch|invalid wheel|BadZipFile",
@@ -93,32 +96,64 @@ def main(argv: list[str] | None = None) -> int:
 def setup(wanted: str, force: bool) -> int:
     began = time.monotonic()
     platform, reason = choose_platform(wanted)
-    old = read_stamp()
-    venv_version = version_of(VENV_PYTHON) if VENV_PYTHON.exists() else None
-    keys = {"packages": packages_key(platform, venv_version), "project": project_key()}
-    if not force and venv_version in SUPPORTED and all(old.get(k) == v for k, v in keys.items()):
-        say("up to date: " + str(old.get("summary", "")))
+    if not force and is_up_to_date(platform):
+        say("up to date: " + str(read_stamp().get("summary", "")))
         return 0
+    with only_one_setup():
+        if not force and is_up_to_date(platform):  # the one we waited for did it
+            say("up to date: " + str(read_stamp().get("summary", "")))
+            return 0
+        kind = "NVIDIA GPU, CUDA vLLM" if platform == "gpu" else "CPU, vLLM's CPU build"
+        say(f"platform: {kind} ({reason})")
+        summary = run_steps(platform, force)
+    say(summary)
+    say(f"done in {time.monotonic() - began:.0f} s; pip's own words are in .venv/{LOG.name}")
+    return 0
 
-    say("platform: {} ({})".format("NVIDIA GPU, CUDA vLLM" if platform == "gpu" else "CPU, vLLM's CPU build", reason))
-    if venv_version in SUPPORTED and old.get("packages") == keys["packages"] and not force:
+
+def is_up_to_date(platform: str) -> bool:
+    python = version_of(VENV_PYTHON)
+    stamp = read_stamp()
+    return (
+        python in SUPPORTED
+        and stamp.get("packages") == packages_key(platform, python)
+        and stamp.get("project") == project_key()
+    )
+
+
+def run_steps(platform: str, force: bool) -> str:
+    python = version_of(VENV_PYTHON)
+    if python in SUPPORTED and read_stamp().get("packages") == packages_key(platform, python) and not force:
         say("the packages are up to date, only the project changed")
     else:
-        if venv_version not in SUPPORTED:
+        if python not in SUPPORTED:
             check_disk(platform)
             make_venv(find_python())
-            venv_version = version_of(VENV_PYTHON)
+            python = version_of(VENV_PYTHON)
         say("installing into .venv; the first time this downloads 1 GB (CPU) or several GB (GPU) and takes minutes")
         STAMP.unlink(missing_ok=True)
         LOG.write_text("")
         install_packages(platform)
     step("this project, editable", pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT)))
     summary = verify(platform)
-    keys["packages"] = packages_key(platform, venv_version)
-    STAMP.write_text(json.dumps({**keys, "platform": platform, "summary": summary}, indent=1) + "\n")
-    say(summary)
-    say(f"done in {time.monotonic() - began:.0f} s; pip's own words are in .venv/{LOG.name}")
-    return 0
+    stamp = {"packages": packages_key(platform, python), "project": project_key(), "summary": summary}
+    STAMP.write_text(json.dumps(stamp, indent=1) + "\n")
+    return summary
+
+
+@contextlib.contextmanager
+def only_one_setup() -> Iterator[None]:
+    """Two terminals may say `make demo` and `make test` at once; pip cannot share an environment."""
+    folder = os.open(str(ROOT), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up of this folder is running; waiting for it ...")
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def install_packages(platform: str) -> None:
