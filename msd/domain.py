@@ -302,3 +302,7 @@ class CounterReading(Struct, frozen=True, kw_only=True):
     source: EnergySource = "counter"
     idle_w: float | None = None
     """The probe's own knowledge of idle power (a simulated GPU states it); None = the ledger learns it."""
+    power_w: float | None = None
+    """Instant power of the same sample: bridges a counter reset and prices what is not settled yet."""
+    limit_w: float | None = None
+    """Enforced power limit: a jump beyond twice of it is a glitch. None = glitches cannot be told."""
