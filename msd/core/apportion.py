@@ -13,11 +13,17 @@ def apportion(amount: int, weights: Sequence[int], ids: Sequence[str]) -> list[i
     total = sum(weights)
     if total == 0:
         return [0] * len(weights)
+    if weights.count(weights[0]) == len(weights):  # static energy of runs that span the whole interval
+        share, missing = divmod(amount, len(weights))
+        parts = [share] * len(weights)
+        for i in sorted(range(len(ids)), key=ids.__getitem__)[:missing]:
+            parts[i] += 1
+        return parts
     parts = [amount * weight // total for weight in weights]
     missing = amount - sum(parts)
     if missing == 0:
         return parts
-    remainders = [amount * weight % total for weight in weights]
+    remainders = [amount * weight - part * total for weight, part in zip(weights, parts, strict=True)]
     order = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)
     # Only at the cut can a tie matter, and comparing every id would double the cost: equal static shares always tie.
     cut = remainders[order[missing]]

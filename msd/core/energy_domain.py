@@ -76,9 +76,9 @@ class Run(Struct, eq=False):
     def position(self, t_us: int) -> float:
         """Progress at `t_us`, interpolated; flat after the last report."""
         times = self.times
-        i = bisect_left(times, t_us)
-        if i == len(times):
+        if t_us >= times[-1]:
             return self.tokens[-1]
+        i = bisect_left(times, t_us)
         if i == 0:
             return self.tokens[0]
         before, tokens = times[i - 1], self.tokens
@@ -279,44 +279,46 @@ class Domain:
         static_mj, self._carry = divmod(idle_mw * duration_us + self._carry, NANOJOULES_PER_MJ)
         static_mj = min(interval.energy_mj, static_mj)
         dynamic_mj = interval.energy_mj - static_mj
-        ids = [share.run.request_id for share in active]
-        overlaps = [
-            max(1, min(end_us, share.run.end_us or end_us) - max(start_us, share.run.start_us)) for share in active
-        ]
-        parts = apportion(dynamic_mj, self._weights(active, overlaps, end_us, now_us, duration_us), ids)
-        if not self._shares_static:
+        ids: list[str] = []
+        overlaps: list[int] = []
+        concurrency: dict[str, int] = {}
+        for share in active:
+            run = share.run
+            from_us = run.start_us if run.start_us > start_us else start_us
+            until_us = end_us if run.end_us is None or run.end_us > end_us else run.end_us
+            overlap = max(1, until_us - from_us)
+            ids.append(run.request_id)
+            overlaps.append(overlap)
+            concurrency[run.mode] = concurrency.get(run.mode, 0) + overlap
+        step_mj = {
+            mode: self._of(mode).step_mj * min(1.0, duration_us / busy_us) for mode, busy_us in concurrency.items()
+        }
+        weights = self._weights(active, overlaps, step_mj, end_us, now_us)
+        dynamics = apportion(dynamic_mj, weights, ids)
+        if self._shares_static:
+            statics = apportion(static_mj, overlaps, ids)
+        else:
             self.idle_mj += static_mj
             statics = [0] * len(active)
-        else:
-            statics = apportion(static_mj, overlaps, ids)
-        given_mj = 0
-        for share, dynamic, static in zip(active, parts, statics, strict=True):
+        for share, dynamic, static in zip(active, dynamics, statics, strict=True):
             share.dynamic_mj += dynamic
             share.static_mj += static
-            given_mj += dynamic + static
             if interval.is_estimated:
                 share.estimated_mj += dynamic + static
-        self.running_mj += given_mj
-        kept_mj = 0 if self._shares_static else static_mj
-        if given_mj + kept_mj != interval.energy_mj:  # all weights were 0
-            self._unattribute("unweighted", interval.energy_mj - given_mj - kept_mj)
+        self.running_mj += sum(dynamics) + sum(statics)
+        if dynamic_mj and not any(weights):
+            self._unattribute("unweighted", dynamic_mj)
+
+    def _of(self, mode: str) -> Coefficients:
+        return self._coefficients.get(mode, _DEFAULT)
 
     def _weights(
-        self, active: list[Share], overlaps: list[int], end_us: int, now_us: int, duration_us: int
+        self, active: list[Share], overlaps: list[int], step_mj: dict[str, float], end_us: int, now_us: int
     ) -> list[int]:
-        """Modelled energy of each run in the interval: its part of the steps, plus prefill, plus decode; scaled."""
-        concurrency: dict[str, int] = {}
-        for share, overlap in zip(active, overlaps, strict=True):
-            mode = share.run.mode
-            concurrency[mode] = concurrency.get(mode, 0) + overlap
-        costs: dict[str, tuple[float, float, float]] = {}
-        for mode, busy_us in concurrency.items():
-            c = self._coefficients.get(mode) or _DEFAULT
-            costs[mode] = (
-                c.step_mj * min(1.0, duration_us / busy_us),
-                c.prefill_mj_per_token,
-                c.decode_mj_per_token,
-            )
+        """Modelled energy of each run in the interval: its part of the steps, plus prefill, plus decode; scaled.
+
+        `step_mj` is a mode's fixed cost of a step, already divided by the requests that share it on average.
+        """
         weights: list[int] = []
         for share, overlap in zip(active, overlaps, strict=True):
             run = share.run
@@ -331,14 +333,13 @@ class Domain:
                 weights.append(0)
                 continue
             share.position = after
-            step_mj, prefill_mj, decode_mj = costs[run.mode]
-            weight = step_mj * (after - before)
+            costs = self._of(run.mode)
+            weight = step_mj[run.mode] * (after - before)
             if before < 1.0:
-                prefilled = (after if after < 1.0 else 1.0) - before
-                weight += prefill_mj * run.prefill_tokens * prefilled
+                weight += costs.prefill_mj_per_token * run.prefill_tokens * (min(1.0, after) - before)
                 before = 1.0
             if after > before:
-                weight += decode_mj * (after - before)
+                weight += costs.decode_mj_per_token * (after - before)
             weights.append(int(weight * WEIGHT_SCALE))
         return weights
 
