@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from msd.config import LimitsConfig
 from msd.domain import Chunk, Request, Result
@@ -127,13 +127,13 @@ class Egress:
         if session is not None:
             self._attach(answer, session)
 
-    def reject(self, request_id: str, code: ErrorCode, message: str, retry_after_ms: int | None = None) -> None:
-        """Refuse a registered request: Error to its readers, and it is forgotten."""
+    def reject(self, request_id: str, code: str, message: str, retry_after_ms: int | None = None) -> None:
+        """Refuse a registered request: Error to its readers, and it is forgotten. `code` is a wire.ErrorCode."""
         answer = self._answers.get(request_id)
         if answer is None:
             return
         error = refusal(
-            code,
+            cast(ErrorCode, code),
             message,
             request_id=request_id,
             client_request_id=answer.request.client_request_id,
