@@ -192,6 +192,8 @@ class Domain:
         self._open.append(_Interval(last.t_us, reading.t_us, energy_mj, is_estimated, reading.idle_w))
         self.source = reading.source
         self._last = reading
+        if reading.power_w is None:
+            self.power_mw = energy_mj * NANOJOULES_PER_MJ // duration_us
 
     def _trapezoid_mj(self, last: CounterReading, reading: CounterReading, duration_us: int) -> int:
         """Energy across a reset, from the power at both ends; without it, at the last known power."""

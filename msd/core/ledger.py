@@ -216,7 +216,7 @@ class Ledger:
         idle_mw = int(self._config.idle_w * 1000)
         domain = Domain(reading, idle_mw, self._config.static_share == "share", self._coefficients)
         self._domains[reading.domain] = domain
-        gpus = tuple(d for d in self._domains.values() if d.name.startswith("gpu:"))
+        gpus = tuple(d for d in self._domains.values() if not d.name.startswith("cpu:"))
         counting = gpus or tuple(self._domains.values())
         # Simulated and measured energy are never summed: the first domain says which of them is meant.
         self._counting = tuple(d for d in counting if d.is_simulated == counting[0].is_simulated)
