@@ -318,8 +318,88 @@ class Error(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="error", 
     supported: tuple[str, ...] | None = None
 
 
+class EngineReport(Struct, frozen=True, kw_only=True):
+    """One engine in the daemon's status. `state`: starting, up, backoff, failed or stopped, for `state_s` by now."""
+
+    engine: str
+    model: str = ""
+    state: str = ""
+    state_s: float = 0.0
+    simulated: bool = False
+    num_slots: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    """Requests inside the engine that wait for a place in its batch; what waits in msd is not counted here."""
+    kv_usage: float = 0.0
+    start_s: float | None = None
+    num_starts: int = 0
+    pids: tuple[int, ...] = ()
+    last_error: str = ""
+
+
+class ModeReport(Struct, frozen=True, kw_only=True):
+    """One mode in the daemon's status: how often it was chosen, why (most frequent reason first), what is expected."""
+
+    mode: str
+    engine: str = ""
+    num_decisions: int = 0
+    reasons: tuple[tuple[str, int], ...] = ()
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    quality: float | None = None
+
+
+class LedgerReport(Struct, frozen=True, kw_only=True):
+    """The energy of one counter since the daemon started, in mJ.
+
+    `requests + wasted + idle + unattributed + running + open + residue = counter`: running is the share of what has
+    not ended, open what no closed interval covers yet.
+    """
+
+    domain: str
+    source: str
+    counter_mj: int = 0
+    requests_mj: int = 0
+    wasted_mj: dict[str, int] = {}
+    idle_mj: int = 0
+    unattributed_mj: dict[str, int] = {}
+    running_mj: int = 0
+    open_mj: int = 0
+    residue_mj: int = 0
+    idle_w: float | None = None
+
+
+class DaemonStatus(Struct, frozen=True, kw_only=True):
+    """The daemon's own status, as plain data in `State.daemon`. A reader does without any field but the first."""
+
+    server: str
+    epoch: str = ""
+    pid: int = 0
+    state: str = ""
+    """starting (no mode is warm yet), serving or draining."""
+    uptime_s: float = 0.0
+    durable: bool = False
+    simulated: bool = False
+    """Any engine is simulated: then no figure here is that of a real machine."""
+    policy: str = ""
+    requests: dict[str, int] = {}
+    """Counts since the start: submitted = delivered + rejected + aborted + failed + duplicates + pending; restarts."""
+    errors: dict[str, int] = {}
+    """Refusals and failures by error code."""
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_running: int = 0
+    num_sessions: int = 0
+    idle_with_backlog_s: float = 0.0
+    engines: tuple[EngineReport, ...] = ()
+    modes: tuple[ModeReport, ...] = ()
+    gpu: dict[str, object] | None = None
+    """The newest GPU view, with `age_s`; None where nothing is probed."""
+    energy: tuple[LedgerReport, ...] = ()
+
+
 class State(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="state", tag_field="t"):
-    """Where a request stands; or the daemon's own status in `daemon`."""
+    """Where a request stands; or, in `daemon`, a `DaemonStatus` as plain data."""
 
     request_id: str = ""
     client_request_id: str = ""
