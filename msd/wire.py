@@ -350,15 +350,16 @@ class ModeReport(Struct, frozen=True, kw_only=True):
 
 
 class LedgerReport(Struct, frozen=True, kw_only=True):
-    """The energy of one counter since the daemon started, in mJ.
+    """The energy of one counter since the daemon started, in mJ; field names as the core's `Accounts` has them.
 
-    `requests + wasted + idle + unattributed + running + open + residue = counter`: running is the share of what has
-    not ended, open what no closed interval covers yet.
+    `requests + wasted + idle + unattributed + running + open + residue = counter + estimated`: running is the share of
+    what has not ended, open what is not shared out yet, estimated what was filled in while the counter was away.
     """
 
     domain: str
     source: str
     counter_mj: int = 0
+    estimated_mj: int = 0
     requests_mj: int = 0
     wasted_mj: dict[str, int] = {}
     idle_mj: int = 0
