@@ -13,6 +13,7 @@ from msd.config import LimitsConfig
 from msd.core.entry import Entry
 from msd.core.fleet import Fleet
 from msd.domain import Mask, Request
+from msd.wire import ErrorCode
 
 _MAX_RETRY_MS = 30_000
 _MIN_RETRY_MS = 50
@@ -22,7 +23,7 @@ _MAX_KEYS = 4_096
 class Refusal(Struct, frozen=True):
     """Why a submit is refused: a code of the wire, and a message that says what to do."""
 
-    error_code: str
+    error_code: ErrorCode
     message: str
     retry_after_ms: int | None = None
 
@@ -40,15 +41,17 @@ class Admission:
         self.reserved_tokens = 0
         self._per_tenant: dict[str, int] = {}
 
-    def refuse(self, request: Request, static: tuple[tuple[int, ...], int], expected_wait_ms: float) -> Refusal | None:
+    def refuse(self, request: Request, static: tuple[tuple[int, ...], int], num_waiting: int) -> Refusal | None:
         """A reason not to take the request, or None. `static` comes from `masks`."""
         limits = self._limits
         masks, eligible = static
         if not eligible:
             return self._unreachable(request, masks)
-        refusal = self._too_long(request, eligible)
-        if refusal is not None:
-            return refusal
+        tokens = request.num_prompt_tokens + request.max_tokens
+        if tokens > self._fleet.shortest_context:
+            refusal = self._too_long(request, eligible)
+            if refusal is not None:
+                return refusal
         if request.slo.deadline_ms is not None:
             least_ms = self._least_ms(request, eligible)
             if least_ms is not None and least_ms > request.slo.deadline_ms:
@@ -57,7 +60,6 @@ class Admission:
                     f"the fastest allowed mode needs {least_ms:.1f} ms to a first token, idle; "
                     f"slo.deadline_ms is {request.slo.deadline_ms:g}",
                 )
-        tokens = request.num_prompt_tokens + request.max_tokens
         if self.num_reserved >= limits.max_waiting:
             full = f"limits.max_waiting = {limits.max_waiting} requests wait"
         elif self.reserved_tokens + tokens > limits.max_waiting_tokens:
@@ -66,7 +68,7 @@ class Admission:
             full = f"limits.max_waiting_per_tenant = {limits.max_waiting_per_tenant} requests of this tenant wait"
         else:
             return None
-        retry_ms = int(min(max(expected_wait_ms, _MIN_RETRY_MS), _MAX_RETRY_MS))
+        retry_ms = int(min(max(self._expected_wait_ms(num_waiting), _MIN_RETRY_MS), _MAX_RETRY_MS))
         return Refusal("queue_full", f"the queue is full: {full}", retry_ms)
 
     def reserve(self, entry: Entry) -> None:
@@ -111,10 +113,18 @@ class Admission:
         self._masks[key] = made
         return made
 
+    def _expected_wait_ms(self, num_waiting: int) -> float:
+        """How long the queue needs, served by all engines that are up; a second when none is."""
+        up = [book for book in self._fleet.books if book.up]
+        num_slots = sum(book.num_slots for book in up)
+        return min((book.estimate.wait_ms(num_waiting, num_slots) for book in up), default=1_000.0)
+
     def _unreachable(self, request: Request, masks: tuple[int, ...]) -> Refusal:
         modes = list(self._fleet.by_name)
         if request.model is not None and request.model not in self._models:
-            return Refusal("mode_unavailable", f"no such model {request.model!r}{_nearest(request.model, self._models)}")
+            return Refusal(
+                "mode_unavailable", f"no such model {request.model!r}{_nearest(request.model, self._models)}"
+            )
         if request.mode_strict and request.mode_hint not in self._fleet.by_name:
             hint = request.mode_hint or ""
             return Refusal("mode_unavailable", f"no such mode {hint!r}{_nearest(hint, modes)}")

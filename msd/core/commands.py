@@ -5,13 +5,14 @@ from __future__ import annotations
 from msgspec import Struct
 
 from msd.domain import Decision, Energy, Outcome
+from msd.wire import ErrorCode
 
 
 class Reject(Struct, frozen=True):
     """Refuse a submit at the door; nothing was stored and no idempotency key is held."""
 
     request_id: str
-    error_code: str
+    error_code: ErrorCode
     message: str
     retry_after_ms: int | None = None
 
@@ -78,7 +79,6 @@ class Settle(Struct, frozen=True):
     """The request's energy is known for good: update the stored result."""
 
     request_id: str
-    tenant: str
     energy: Energy
 
 

@@ -19,7 +19,7 @@ _FLOOR_MS = 0.01
 _ENERGY_ALPHA = 0.05
 
 
-class _Line:
+class Line:
     """y = a + b * x by recursive least squares in scalars; x is scaled to O(1) by the caller."""
 
     __slots__ = ("a", "b", "n", "p00", "p01", "p11")
@@ -62,46 +62,45 @@ class _Line:
 class ModeEstimate:
     """What the core expects of one mode. Predictions in ms and mJ; energy is None until some was measured."""
 
-    __slots__ = ("_mj_per_token", "_service_ms", "_tpot", "_ttft")
+    __slots__ = ("mj_per_token", "service_ms", "tpot", "ttft")
 
     def __init__(self) -> None:
-        self._ttft = _Line(1.0, 0.0)
-        self._tpot = _Line(1.0, 0.0)
-        self._mj_per_token: float | None = None
-        self._service_ms = 0.0
+        self.ttft = Line(1.0, 0.0)
+        self.tpot = Line(1.0, 0.0)
+        self.mj_per_token: float | None = None
+        """Energy over the tokens computed and generated; None until a request was settled."""
+        self.service_ms = 0.0
 
     def seed(self, info: EngineInfo) -> None:
         """Take the engine's warm-up as the prior, unless requests have taught better already."""
-        if self._ttft.n == 0 and info.idle_ttft_ms > 0:
-            self._ttft = _Line(info.idle_ttft_ms, 0.0)
-        if self._tpot.n == 0 and info.idle_tpot_ms > 0:
-            self._tpot = _Line(info.idle_tpot_ms, 0.0)
+        if self.ttft.n == 0 and info.idle_ttft_ms > 0:
+            self.ttft = Line(info.idle_ttft_ms, 0.0)
+        if self.tpot.n == 0 and info.idle_tpot_ms > 0:
+            self.tpot = Line(info.idle_tpot_ms, 0.0)
 
     def ttft_ms(self, num_new_tokens: int) -> float:
         """Time from dispatch to the first token for a prompt with this many tokens to compute."""
-        return self._ttft.at(num_new_tokens * 0.001)
+        return self.ttft.at(num_new_tokens * 0.001)
 
     def tpot_ms(self, num_running: int) -> float:
         """Time per further token beside this many other requests."""
-        return self._tpot.at(float(num_running))
-
-    def energy_mj(self, num_tokens: int) -> int | None:
-        """Energy of a request that computes and generates this many tokens."""
-        return None if self._mj_per_token is None else int(self._mj_per_token * num_tokens)
+        return self.tpot.at(float(num_running))
 
     def wait_ms(self, num_ahead: int, num_slots: int) -> float:
         """Expected wait for a slot when `num_ahead` requests are served before, on `num_slots` slots."""
-        return self._service_ms * num_ahead / num_slots if num_slots else self._service_ms * num_ahead
+        return self.service_ms * num_ahead / max(1, num_slots)
 
-    def learn_times(self, num_new_tokens: int, ttft_ms: float, tpot_ms: float, num_running: int, service_ms: float) -> None:
+    def learn_times(
+        self, num_new_tokens: int, ttft_ms: float, tpot_ms: float, num_running: int, service_ms: float
+    ) -> None:
         """A finished attempt: times from its dispatch; `tpot_ms` 0 when it had a single token."""
-        self._ttft.learn(num_new_tokens * 0.001, ttft_ms)
+        self.ttft.learn(num_new_tokens * 0.001, ttft_ms)
         if tpot_ms > 0:
-            self._tpot.learn(float(num_running), tpot_ms)
-        self._service_ms = service_ms if not self._service_ms else 0.95 * self._service_ms + 0.05 * service_ms
+            self.tpot.learn(float(num_running), tpot_ms)
+        self.service_ms = service_ms if not self.service_ms else 0.95 * self.service_ms + 0.05 * service_ms
 
     def learn_energy(self, energy_mj: int, num_tokens: int) -> None:
         """A settled request: its energy over the tokens that it computed and generated."""
         rate = energy_mj / max(1, num_tokens)
-        old = self._mj_per_token
-        self._mj_per_token = rate if old is None else old + _ENERGY_ALPHA * (rate - old)
+        old = self.mj_per_token
+        self.mj_per_token = rate if old is None else old + _ENERGY_ALPHA * (rate - old)

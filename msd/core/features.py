@@ -39,7 +39,9 @@ class Arrivals:
         return sqrt(self._var) / self._mean_us if self._mean_us > 0 else 0.0
 
 
-def extract(entry: Entry, t_us: int, fleet: Fleet, num_waiting: int, arrival_cv: float, view: GpuView | None) -> Features:
+def extract(
+    entry: Entry, t_us: int, fleet: Fleet, num_waiting: int, arrival_cv: float, view: GpuView | None
+) -> Features:
     """Features of one request now. A shared prefix is what the producer names (`prefix_id` or `session_id`)."""
     request = entry.request
     deadline_us = request.deadline_us

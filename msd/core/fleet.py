@@ -57,6 +57,8 @@ class Fleet:
         """Bit set of modes that are up and have a slot."""
         self.up = 0
         self.num_running = 0
+        self.shortest_context = min((book.max_model_len or 0 for book in self.books), default=0)
+        """The context that every mode has; 0 while some engine has not told its own."""
 
     def engine_up(self, info: EngineInfo) -> None:
         """The engine is warm: its modes can be chosen."""
@@ -70,6 +72,7 @@ class Fleet:
             book.up = True
             self.up |= 1 << i
             self._refresh(i)
+        self.shortest_context = min((book.max_model_len or 0 for book in self.books), default=0)
 
     def engine_lost(self, engine: str) -> None:
         """Nothing may be sent there any more."""
@@ -99,15 +102,24 @@ class Fleet:
         book.num_running -= 1
         book.reserved_tokens -= reserved_tokens
         self.num_running -= 1
-        assert book.num_running >= 0 and book.reserved_tokens >= 0, "slot books below zero"
+        assert book.num_running >= 0, "more requests left the mode than came"
+        assert book.reserved_tokens >= 0, "more tokens released than reserved"
         self._refresh(i)
+
+    def resident(self) -> list[str]:
+        """Names of the modes that are up."""
+        return [book.mode.name for book in self.books if book.up]
 
     def memory_pressure(self) -> float:
         """Largest share of KV memory in use, by the engines' gauges or by our reservations."""
         worst = 0.0
         for book in self.books:
             if book.up:
-                worst = max(worst, book.load.kv_usage, book.reserved_tokens / max(1, book.kv_capacity_tokens))
+                usage = book.load.kv_usage
+                if usage > worst:
+                    worst = usage
+                if book.reserved_tokens > worst * book.kv_capacity_tokens:
+                    worst = book.reserved_tokens / book.kv_capacity_tokens
         return worst
 
     def _refresh(self, i: int) -> None:

@@ -16,29 +16,42 @@ _BINS = 32
 _BINS_PER_OCTAVE = 2
 _DECAY = 0.99
 _MAX_CLASSES = 4_096
-_MIN_WEIGHT = 3.0
+_MIN_SEEN = 3
+_SETTLED = 64
+_EVERY = 8
+_RESCALE_AT = 1e9
 
 
 class _Histogram:
-    __slots__ = ("bins", "median", "total")
+    """Decay by growing the weight of new entries instead of shrinking all old ones; rescaled before it overflows."""
+
+    __slots__ = ("_bins", "_num", "_total", "_weight", "median")
 
     def __init__(self) -> None:
-        self.bins = [0.0] * _BINS
-        self.total = 0.0
+        self._bins = [0.0] * _BINS
+        self._num = 0
+        self._total = 0.0
+        self._weight = 1.0
         self.median = 0
+        """Tokens; 0 until enough was seen."""
 
     def add(self, num_tokens: int) -> None:
-        bins = self.bins
-        for i in range(_BINS):
-            bins[i] *= _DECAY
-        bins[min(_BINS - 1, int(_BINS_PER_OCTAVE * log2(max(1, num_tokens)) + 0.5))] += 1.0
-        self.total = self.total * _DECAY + 1.0
-        below, half = 0.0, self.total / 2
-        for i in range(_BINS):
-            below += bins[i]
-            if below >= half:
-                self.median = max(1, round(2 ** (i / _BINS_PER_OCTAVE)))
-                break
+        self._weight /= _DECAY
+        if self._weight > _RESCALE_AT:
+            self._bins = [x / self._weight for x in self._bins]
+            self._total /= self._weight
+            self._weight = 1.0
+        self._bins[min(_BINS - 1, int(_BINS_PER_OCTAVE * log2(max(1, num_tokens)) + 0.5))] += self._weight
+        self._total += self._weight
+        self._num += 1
+        # The median moves slowly once there is a past; finding it is most of the cost.
+        if self._num >= _MIN_SEEN and (self._num < _SETTLED or self._num % _EVERY == 0):
+            below, half = 0.0, self._total / 2
+            for i, x in enumerate(self._bins):
+                below += x
+                if below >= half:
+                    self.median = max(1, round(2 ** (i / _BINS_PER_OCTAVE)))
+                    break
 
 
 class LengthLearner:
@@ -63,7 +76,7 @@ class LengthLearner:
             return request.max_tokens
         for key in (cls, ("", *cls[1:])):
             histogram = self._classes.get(key)
-            if histogram is not None and histogram.total >= _MIN_WEIGHT:
+            if histogram is not None and histogram.median:
                 return min(request.max_tokens, histogram.median)
         return max(1, request.max_tokens // 2)
 

@@ -3,8 +3,8 @@
 Start-time fair queueing (Goyal et al., SIGCOMM 1996) twice: between the service classes and, inside each, between
 tenants. A winner's virtual time advances by its tokens over its weight, so no class and no tenant starves. Within a
 tenant, requests lie in *lanes* by the set of modes that may serve them: a request that only a busy mode may serve never
-hides one that an idle mode could take. Removal is lazy: an entry that no longer waits is dropped when it surfaces, and a
-lane is rebuilt when most of it is dead. All operations are O(log n).
+hides one that an idle mode could take. Removal is lazy: an entry that no longer waits is dropped when it surfaces, and
+a lane is rebuilt when most of it is dead. All operations are O(log n).
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class _Class:
 class FairQueue:
     """The waiting requests. The scheduler changes `entry.phase`; the queue keeps order and counts."""
 
-    def __init__(self, class_weights: Mapping[str, int], tenant_weights: Mapping[str, int]) -> None:
-        self._classes: dict[ServiceClass, _Class] = {name: _Class(class_weights.get(name, 1)) for name in SERVICE_CLASSES}
+    def __init__(self, class_weights: Mapping[ServiceClass, int], tenant_weights: Mapping[str, int]) -> None:
+        self._classes = {name: _Class(class_weights.get(name, 1)) for name in SERVICE_CLASSES}
         self._tenant_weights = tenant_weights
         self.num_waiting = 0
 

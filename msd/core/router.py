@@ -36,33 +36,37 @@ class Router:
         slack_ms = None if features.slack_us is None else features.slack_us * 0.001
         made = []
         some_in_time = False
+        x_prompt = prompt * 0.001
         for book, static in zip(self._fleet.books, entry.static_masks, strict=True):
             mask = static
             running = book.num_running
-            free = book.num_slots - running
             estimate = book.estimate
-            ttft_ms = estimate.ttft_ms(prompt)
-            if not book.up:
-                mask |= _HEALTH
-                free = 0
-            else:
+            ttft = estimate.ttft
+            # The estimator's lines written out: this loop is the hot path of every decision.
+            ttft_ms = ttft.a + ttft.b * x_prompt
+            if book.up:
+                free = book.num_slots - running
                 if book.max_model_len is not None and total > book.max_model_len:
                     mask |= _CONTEXT
                 if running and book.reserved_tokens + need > book.kv_capacity_tokens:
                     mask |= _MEMORY
                 if free <= 0:
                     mask |= _SLOTS
-                    ttft_ms += estimate.wait_ms(1, book.num_slots)
-            tpot_ms = estimate.tpot_ms(running)
+                    ttft_ms += estimate.service_ms / book.num_slots
+            else:
+                mask |= _HEALTH
+                free = 0
+            tpot = estimate.tpot
+            tpot_ms = tpot.a + tpot.b * running
             e2el_ms = ttft_ms + tpot_ms * (expected - 1)
             if slack_ms is not None:
                 if e2el_ms > slack_ms:
                     mask |= _DEADLINE
                 elif not mask & ~_SLOTS:
                     some_in_time = True
-            made.append(
-                Candidate(book.mode.name, mask, ttft_ms, tpot_ms, e2el_ms, estimate.energy_mj(need), running, free)
-            )
+            rate = estimate.mj_per_token
+            energy_mj = None if rate is None else int(rate * need)
+            made.append(Candidate(book.mode.name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free))
         if slack_ms is not None and not some_in_time:
             # If the deadline alone masks all, late beats never: the policy chooses among them.
             made = [_lift_deadline(c) for c in made]

@@ -1,7 +1,7 @@
 """The scheduler: the only place where request state changes. `handle(event) -> list[Command]`, synchronous and pure.
 
-A request goes APPENDING -> WAITING -> RUNNING -> COMPLETING -> closed, and each arrow is one method below. Time comes on
-events, randomness from the seeded generator given at construction; there is no clock, no socket and no asyncio here.
+A request goes APPENDING -> WAITING -> RUNNING -> COMPLETING -> closed, and each arrow is one method below. Time comes
+on events, randomness from the seeded generator given at construction; there is no clock, no socket and no asyncio here.
 After every event that frees a slot or adds work, `_fill` gives free slots to waiting requests in fair order.
 """
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from heapq import heapify, heappop, heappush
 from random import Random
-from typing import assert_never
+from typing import Literal, assert_never
 
-from msd.config import EnergyConfig, LimitsConfig
+from msgspec import structs
+
+from msd.config import Config, EnergyConfig, EngineConfig, LimitsConfig
 from msd.core import commands as c
 from msd.core import events as e
 from msd.core.admission import Admission
@@ -22,12 +25,14 @@ from msd.core.entry import Entry, Phase
 from msd.core.events import Event
 from msd.core.features import Arrivals, extract
 from msd.core.fleet import Fleet
-from msd.core.ledger import Ledger
+from msd.core.ledger import Account, Ledger, WasteReason
 from msd.core.lengths import LengthLearner
 from msd.core.queue import FairQueue
 from msd.core.router import Router
 from msd.domain import Decision, Energy, FinishReason, GpuView, Mask, Mode, Observation, Outcome, Request, Timings
+from msd.policy import make_policy
 from msd.ports import Policy
+from msd.wire import ErrorCode
 
 _DECISIONS_PER_EVENT = 64
 _BLOCKED_PER_EVENT = 4
@@ -35,6 +40,7 @@ _EXPIRED_PER_EVENT = 1_000
 _DUPLICATES_PER_REQUEST = 64
 _UNSETTLED_KEPT = 4_096
 _STALE_DEADLINES_ALLOWED = 1_024
+_DRAINING = "the daemon is stopping; submit again when it is back"
 
 
 class Counts:
@@ -88,6 +94,13 @@ class Scheduler:
         self._idle_since_us = -1
         self._out: list[Command] = []
 
+    @classmethod
+    def from_config(cls, config: Config, rng: Random) -> Scheduler:
+        """A scheduler over the engines of `config`, each a mode. Raises ConfigError for an unknown policy or mode."""
+        modes = [(mode_of(engine), engine.max_num_seqs, longest_context(engine)) for engine in config.engine]
+        weights = {tenant.name: tenant.weight for tenant in config.tenant}
+        return cls(modes, partial(make_policy, config.policy), config.limits, config.energy, weights, rng)
+
     # --- what others may look at ---------------------------------------------------------------------------------
 
     @property
@@ -116,7 +129,8 @@ class Scheduler:
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event; return what the world must do next, in order."""
-        self._out = out = []
+        out: list[Command] = []
+        self._out = out
         match event:
             case e.Submitted():
                 self._on_submitted(event)
@@ -144,9 +158,11 @@ class Scheduler:
                 self._on_failed(event)
             case e.EngineUp():
                 self.fleet.engine_up(event.info)
+                self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
             case e.EngineLost():
                 self.fleet.engine_lost(event.engine)
+                self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
             case e.AppendDuplicated():
                 self._on_append_duplicated(event)
@@ -169,14 +185,14 @@ class Scheduler:
         self._arrivals.note(event.t_us)
         if self._drain_until_us is not None:
             left_ms = max(1, (self._drain_until_us - event.t_us) // 1000)
-            self._reject(request.request_id, "draining", "the daemon is stopping; submit again when it is back", left_ms)
+            self._reject(request.request_id, "draining", _DRAINING, left_ms)
             return
         existing = self._by_key.get((request.tenant, request.client_request_id))
         if existing is not None:
             self._on_repeated(request, existing)
             return
         static = self.admission.masks(request)
-        refusal = self.admission.refuse(request, static, self._expected_wait_ms())
+        refusal = self.admission.refuse(request, static, self.queue.num_waiting)
         if refusal is not None:
             self._reject(request.request_id, refusal.error_code, refusal.message, refusal.retry_after_ms)
             return
@@ -228,7 +244,7 @@ class Scheduler:
         if entry.abort_reason == "cancel":
             self._end_unrun(entry, event.t_us)
         elif self._drain_until_us is not None:
-            self._end(entry, event.t_us, "draining", "the daemon is stopping; submit again when it is back")
+            self._end(entry, event.t_us, "draining", _DRAINING)
         else:
             self._enqueue(entry, event.t_us)
             self._fill(event.t_us)
@@ -264,7 +280,7 @@ class Scheduler:
         del self._open[entry.request.request_id]
         del self._by_key[(entry.request.tenant, entry.request.client_request_id)]
 
-    def _reject(self, request_id: str, code: str, message: str, retry_after_ms: int | None = None) -> None:
+    def _reject(self, request_id: str, code: ErrorCode, message: str, retry_after_ms: int | None = None) -> None:
         self.counts.rejected += 1
         self._out.append(c.Reject(request_id, code, message, retry_after_ms))
 
@@ -333,7 +349,7 @@ class Scheduler:
         entry.reserved_tokens = request.num_prompt_tokens + entry.expected_tokens
         self.admission.release(entry)
         self.fleet.occupy(arm, entry.reserved_tokens)
-        self.ledger.started(t_us, request.request_id, request.num_prompt_tokens, decision.mode, request.tenant)
+        self.ledger.started(t_us, request.request_id, decision.mode, request.num_prompt_tokens)
         self.decisions.append(decision)
         self.reasons[(decision.mode, decision.reason)] += 1
         self._out.append(c.Dispatch(request.request_id, decision.attempt, decision, t_us - entry.waiting_since_us))
@@ -358,16 +374,17 @@ class Scheduler:
         entry = self._current(event.request_id, event.attempt)
         if entry is None:
             return
-        t_us = event.t_us
-        aborted = event.finish_reason == "abort"
-        self._vacate(entry, t_us, event.num_completion_tokens, "aborted" if aborted else "")
-        if not aborted:
-            self._learn(entry, t_us, event)
-            self._complete(entry, t_us, event.finish_reason, event.num_completion_tokens)
-        elif entry.abort_reason in ("", "cancel"):
-            self._complete(entry, t_us, "abort", event.num_completion_tokens)
+        t_us, num_tokens = event.t_us, event.num_completion_tokens
+        if event.finish_reason != "abort":
+            energy = self._vacate(entry, t_us, num_tokens)
+            self._learn(entry, t_us, event, energy is not None)
+            self._complete(entry, t_us, event.finish_reason, num_tokens, energy)
         else:
-            self._end(entry, t_us, entry.abort_reason, "aborted: the daemon stopped before the request finished")
+            energy = self._vacate(entry, t_us, num_tokens, wasted="aborted")
+            if entry.abort_reason in ("", "cancel"):
+                self._complete(entry, t_us, "abort", num_tokens, energy)
+            else:
+                self._end(entry, t_us, entry.abort_reason, "aborted: the daemon stopped before the request finished")
         self._fill(t_us)
 
     def _on_failed(self, event: e.Failed) -> None:
@@ -375,7 +392,10 @@ class Scheduler:
         if entry is None:
             return
         t_us = event.t_us
-        self._vacate(entry, t_us, 0, "restarted" if event.lost else "failed")
+        self._vacate(entry, t_us, 0, wasted="restarted" if event.lost else "failed")
+        if event.lost and entry.decision is not None:
+            # The pool reports EngineLost only after all of its attempts: nothing may be sent there meanwhile.
+            self.fleet.engine_lost(entry.decision.engine)
         if not event.lost:
             self._end(entry, t_us, event.error_code, event.message)
         elif entry.abort_reason == "cancel":
@@ -393,16 +413,17 @@ class Scheduler:
             self._enqueue(entry, t_us)
         self._fill(t_us)
 
-    def _vacate(self, entry: Entry, t_us: int, num_tokens: int, wasted: str) -> None:
-        """The attempt left its engine; `wasted` says why nobody received its work, "" when somebody does."""
-        assert entry.decision is not None
+    def _vacate(
+        self, entry: Entry, t_us: int, num_tokens: int, *, wasted: WasteReason | Literal[""] = ""
+    ) -> Energy | None:
+        """The attempt left its engine; `wasted` says why nobody receives its work. Returns its provisional energy."""
         self.fleet.release(entry.parked, entry.reserved_tokens)
-        request_id = entry.request.request_id
-        if num_tokens:
-            self.ledger.progress(t_us, request_id, num_tokens)
-        self.ledger.ended(t_us, request_id, "wasted" if wasted else "requests", wasted)
+        request = entry.request
+        account: Account = "wasted" if wasted else "requests"
+        return self.ledger.ended(t_us, request.request_id, account, wasted, request.tenant, num_tokens)
 
-    def _learn(self, entry: Entry, t_us: int, event: e.Finished) -> None:
+    def _learn(self, entry: Entry, t_us: int, event: e.Finished, energy_follows: bool) -> None:
+        """Teach the estimator and the length learner now; the policy when the energy is settled, or now if none is."""
         request, decision = entry.request, entry.decision
         assert decision is not None
         num_tokens = event.num_completion_tokens
@@ -427,13 +448,12 @@ class Scheduler:
             energy=None,
             slo_met=_slo_met(request, user_ttft_ms, tpot_ms, e2el_ms),
         )
-        if self.ledger.is_metered:
-            # Policies hear of a request once, with its energy: when the ledger has settled it.
-            if len(self._unsettled) >= _UNSETTLED_KEPT:
-                self._learn_settled(next(iter(self._unsettled)), None)
-            self._unsettled[request.request_id] = (decision, observation, request.num_prompt_tokens + num_tokens)
-        else:
+        if not energy_follows:
             self._router.policy.update(decision, observation)
+            return
+        if len(self._unsettled) >= _UNSETTLED_KEPT:
+            self._learn_settled(next(iter(self._unsettled)), None)
+        self._unsettled[request.request_id] = (decision, observation, request.num_prompt_tokens + num_tokens)
 
     def _settle(self, settled: list[tuple[str, Energy]]) -> None:
         for request_id, energy in settled:
@@ -447,11 +467,14 @@ class Scheduler:
         decision, observation, num_tokens = known
         if energy is not None:
             self.fleet.books[self.fleet.by_name[decision.mode]].estimate.learn_energy(energy.energy_mj, num_tokens)
-        self._router.policy.update(decision, _with_energy(observation, energy))
+            observation = structs.replace(observation, energy=energy)
+        self._router.policy.update(decision, observation)
 
     # --- out -----------------------------------------------------------------------------------------------------
 
-    def _complete(self, entry: Entry, t_us: int, finish_reason: FinishReason, num_tokens: int) -> None:
+    def _complete(
+        self, entry: Entry, t_us: int, finish_reason: FinishReason, num_tokens: int, energy: Energy | None
+    ) -> None:
         """The request ran and has an answer (or was aborted while running): store it."""
         request, decision = entry.request, entry.decision
         assert decision is not None
@@ -473,7 +496,7 @@ class Scheduler:
                 engine_ms=(t_us - entry.dispatched_us) * 0.001,
                 e2e_ms=(t_us - received_us) * 0.001,
             ),
-            energy=self.ledger.provisional(request.request_id, t_us),
+            energy=energy,
         )
         self._store(entry, outcome, "aborted" if finish_reason == "abort" else "delivered")
 
@@ -555,6 +578,7 @@ class Scheduler:
                 self._end(entry, t_us, "deadline_exceeded", f"waited {waited_ms:.0f} ms, past its deadline")
         if self._drain_until_us is not None:
             self._drain(t_us)
+        self._settle(self.ledger.expire(t_us))
         self._fill(t_us)
 
     def _drain(self, t_us: int) -> None:
@@ -575,17 +599,34 @@ class Scheduler:
 
     # --- figures -------------------------------------------------------------------------------------------------
 
-    def _expected_wait_ms(self) -> float:
-        slots = sum(book.num_slots for book in self.fleet.books if book.up)
-        waits = [book.estimate.wait_ms(self.queue.num_waiting, slots) for book in self.fleet.books if book.up]
-        return min(waits, default=1_000.0)
-
     def _note_idleness(self, t_us: int) -> None:
         """Add up the time in which requests wait although an engine is up and nothing runs (it must stay near 0)."""
         idle = bool(self.queue.num_waiting and self.fleet.up and not self.fleet.num_running)
         if self._idle_since_us >= 0:
             self.idle_with_backlog_us += t_us - self._idle_since_us
         self._idle_since_us = t_us if idle else -1
+
+
+def mode_of(engine: EngineConfig) -> Mode:
+    """The mode that an engine of one variant is."""
+    return Mode(
+        name=engine.name,
+        engine=engine.name,
+        model=engine.model,
+        precision=engine.precision,
+        speculation=engine.speculation,
+        prefix_caching=engine.prefix_caching,
+        simulated=engine.kind != "vllm",
+        quality=engine.quality,
+    )
+
+
+def longest_context(engine: EngineConfig) -> int | None:
+    """Longest prompt plus output, where the configuration tells it before the engine does."""
+    if engine.kind == "sim":
+        return engine.sim.max_model_len
+    stated = engine.args.get("max_model_len")
+    return stated if isinstance(stated, int) else None
 
 
 def _overflow_message(request: Request, fleet: Fleet) -> str:
@@ -605,18 +646,4 @@ def _slo_met(request: Request, ttft_ms: float, tpot_ms: float, e2el_ms: float) -
         (slo.ttft_ms is None or ttft_ms <= slo.ttft_ms)
         and (slo.tpot_ms is None or tpot_ms <= slo.tpot_ms)
         and (slo.deadline_ms is None or e2el_ms <= slo.deadline_ms)
-    )
-
-
-def _with_energy(o: Observation, energy: Energy | None) -> Observation:
-    return Observation(
-        decision_id=o.decision_id,
-        mode=o.mode,
-        finish_reason=o.finish_reason,
-        ttft_ms=o.ttft_ms,
-        tpot_ms=o.tpot_ms,
-        e2el_ms=o.e2el_ms,
-        num_completion_tokens=o.num_completion_tokens,
-        energy=energy,
-        slo_met=o.slo_met,
     )

@@ -1,0 +1,337 @@
+"""The one place where events meet the world: calls `Scheduler.handle` and performs the commands it returns.
+
+Everything runs on the loop. `post` is synchronous: an event that arrives while another is being handled waits in a
+deque behind it, so the scheduler never sees a half-performed step. What needs to await (long prompts, stored results)
+lives in child tasks of the daemon's TaskGroup.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import assert_never
+
+from msd.core import commands as c
+from msd.core import events as e
+from msd.core.entry import Phase
+from msd.core.scheduler import Scheduler
+from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Request, Result
+from msd.egress import Egress
+from msd.engine.pool import Pool
+from msd.ingress.accept import Acceptor, RefusedSubmitError
+from msd.ports import Clock, Journal, Session
+from msd.wire import ErrorCode, State, Submit, refusal
+
+_LONG_PROMPTS_AT_ONCE = 64
+
+
+class Dispatcher:
+    """Performs commands. It is the Intake of every ingress, the sink of the engines, the listener of the journal."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        journal: Journal,
+        egress: Egress,
+        acceptor: Acceptor,
+        clock: Clock,
+        tasks: asyncio.TaskGroup,
+        describe: Callable[[], dict[str, object]],
+    ) -> None:
+        self.scheduler = scheduler
+        self.journal = journal
+        self.egress = egress
+        self._acceptor = acceptor
+        self._clock = clock
+        self._tasks = tasks
+        self._pool: Pool | None = None
+        self._events: deque[e.Event] = deque()
+        self._handling = False
+        self._describe = describe
+        self._staged: dict[str, tuple[Request, Prompt]] = {}
+        """Bodies on their way into the journal."""
+        self._num_long = 0
+        self.idle = asyncio.Event()
+        """Set while no request is open; the drain waits for it."""
+        self.idle.set()
+
+    def attach(self, pool: Pool) -> None:
+        """The pool needs this object as its sink, so it comes after."""
+        self._pool = pool
+
+    @property
+    def pool(self) -> Pool:
+        """The engines."""
+        assert self._pool is not None, "attach the pool first"
+        return self._pool
+
+    # --- the loop of events and commands -------------------------------------------------------------------------
+
+    def post(self, event: e.Event) -> None:
+        """Hand an event to the scheduler and perform what it commands, in order."""
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                for command in self.scheduler.handle(self._events.popleft()):
+                    self._perform(command)
+        finally:
+            self._handling = False
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if self.scheduler.num_pending or self._num_long:
+            self.idle.clear()
+        else:
+            self.idle.set()
+
+    def _perform(self, command: c.Command) -> None:
+        match command:
+            case c.Append():
+                request, prompt = self._staged.pop(command.request_id)
+                self.journal.append(request, prompt)
+            case c.Ack():
+                self.egress.ack(command.request_id, command.seq, self.journal.durable)
+            case c.Dispatch():
+                decision = command.decision
+                entry = self.scheduler.entry(command.request_id)
+                assert entry is not None, "dispatched a request that is not open"
+                self.journal.attempted(command.request_id, command.attempt)
+                self.egress.started(
+                    command.request_id, decision.mode, decision.decision_id, command.attempt, command.waited_us
+                )
+                request = entry.request
+                self.pool.submit(
+                    command.request_id, command.attempt, decision.engine, request.max_tokens, request.priority
+                )
+            case c.Complete():
+                self._complete(command)
+            case c.Deliver():
+                self.egress.deliver(command.request_id, command.seq)
+            case c.Settle():
+                self.journal.settle(command.request_id, command.energy)
+            case c.Reject():
+                self._staged.pop(command.request_id, None)
+                self.egress.reject(command.request_id, command.error_code, command.message, command.retry_after_ms)
+            case c.AckDuplicate():
+                self._staged.pop(command.request_id, None)
+                self._ack_duplicate(command)
+            case c.Restart():
+                self.egress.restart(command.request_id, command.attempt, command.reason)
+            case c.Abort():
+                self.pool.abort(command.request_id, command.attempt)
+            case _:
+                assert_never(command)
+
+    def _complete(self, command: c.Complete) -> None:
+        outcome = command.outcome
+        entry = self.scheduler.entry(outcome.request_id)
+        assert entry is not None, "completed a request that is not open"
+        text, token_ids = self.egress.output(outcome.request_id)
+        result = Result(
+            outcome=outcome,
+            client_request_id=entry.request.client_request_id,
+            tenant=entry.request.tenant,
+            text=text,
+            token_ids=token_ids,
+        )
+        self.egress.ended(result)
+        self.journal.complete(result)
+
+    def _ack_duplicate(self, command: c.AckDuplicate) -> None:
+        session = self.egress.ack_duplicate(command.request_id, command.existing_id, command.state)
+        if session is not None:
+            self._spawn(self._answer_stored(session, command.existing_id, None))
+
+    # --- Intake --------------------------------------------------------------------------------------------------
+
+    def submit(self, submit: Submit, session: Session) -> None:
+        """Build the request and post it; a long prompt is tokenised off the loop first."""
+        now_us = self._clock.now_us()
+        if self.journal.is_full(session.tenant):
+            message = "this tenant's unacknowledged results fill journal.max_result_bytes; fetch and ack them"
+            _refuse(submit, session, "queue_full", message, retry_after_ms=1_000)
+            return
+        if not self._acceptor.is_long(submit):
+            try:
+                request, prompt = self._acceptor.accept(submit, session.tenant, now_us)
+            except RefusedSubmitError as error:
+                _refuse(submit, session, error.code, str(error))
+                return
+            self._submitted(request, prompt, session)
+        elif self._num_long >= _LONG_PROMPTS_AT_ONCE:
+            _refuse(submit, session, "queue_full", "too many long prompts at once", retry_after_ms=100)
+        else:
+            self._num_long += 1
+            self.idle.clear()
+            self._spawn(self._submit_long(submit, session, now_us))
+
+    async def _submit_long(self, submit: Submit, session: Session, received_us: int) -> None:
+        try:
+            request, prompt = await self._acceptor.accept_off_loop(submit, session.tenant, received_us)
+        except RefusedSubmitError as error:
+            _refuse(submit, session, error.code, str(error))
+            return
+        finally:
+            self._num_long -= 1
+            self._note_idle()
+        self._submitted(request, prompt, session)
+
+    def _submitted(self, request: Request, prompt: Prompt, session: Session) -> None:
+        self._staged[request.request_id] = request, prompt
+        self.egress.register(request, session)
+        self.post(e.Submitted(self._clock.now_us(), request))
+
+    def cancel(self, session: Session, request_id: str | None, client_request_id: str | None) -> None:
+        """Cancel an open request of the session's tenant; a finished one is answered with its result."""
+        entry = (
+            self.scheduler.entry(request_id)
+            if request_id is not None
+            else self.scheduler.find(session.tenant, client_request_id or "")
+        )
+        if entry is not None and entry.request.tenant == session.tenant:
+            self.post(e.Cancelled(self._clock.now_us(), entry.request.request_id))
+        else:
+            self._spawn(self._answer_stored(session, request_id, client_request_id))
+
+    def status(self, session: Session, request_id: str | None, client_request_id: str | None) -> None:
+        """Where a request stands, or the daemon."""
+        if request_id is None and client_request_id is None:
+            session.send(State(daemon=self._describe()))
+            return
+        entry = (
+            self.scheduler.entry(request_id)
+            if request_id is not None
+            else self.scheduler.find(session.tenant, client_request_id or "")
+        )
+        if entry is None or entry.request.tenant != session.tenant:
+            self._spawn(self._answer_state(session, request_id, client_request_id))
+            return
+        session.send(
+            State(
+                request_id=entry.request.request_id,
+                client_request_id=entry.request.client_request_id,
+                state="waiting" if entry.phase in (Phase.APPENDING, Phase.WAITING) else "running",
+                attempt=entry.attempt,
+                mode=entry.decision.mode if entry.decision is not None else "",
+            )
+        )
+
+    def fetch(self, session: Session, request_ids: Sequence[str] | None, since_seq: int | None, max_bytes: int) -> None:
+        """Stored results of the session's tenant."""
+        self._spawn(self._answer_fetch(session, request_ids, since_seq, max_bytes))
+
+    def acknowledge(self, session: Session, request_ids: Sequence[str]) -> None:
+        """The tenant has these results."""
+        self.journal.acknowledge(session.tenant, request_ids)
+
+    def follow(self, session: Session, request_id: str, attempt: int, index: int) -> None:
+        """Take up a stream again after a reconnect."""
+        entry = self.scheduler.entry(request_id)
+        if entry is not None and entry.request.tenant == session.tenant:
+            self.egress.follow(session, request_id, attempt, index)
+        else:
+            self._spawn(self._answer_stored(session, request_id, None))
+
+    def resume(self, session: Session) -> None:
+        """The session can take Deltas again."""
+        self.egress.resume(session)
+
+    def gone(self, session: Session) -> None:
+        """Nobody reads there any more; requests go on."""
+        self.egress.gone(session)
+
+    # --- JournalListener -----------------------------------------------------------------------------------------
+
+    def on_appended(self, request_id: str, seq: int) -> None:
+        """Stored: the request may be acknowledged."""
+        self.post(e.Appended(self._clock.now_us(), request_id, seq))
+
+    def on_append_duplicate(self, request_id: str, existing_id: str, content_hash: bytes) -> None:
+        """The key names a finished request."""
+        self.post(e.AppendDuplicated(self._clock.now_us(), request_id, existing_id, content_hash))
+
+    def on_append_failed(self, request_id: str, message: str) -> None:
+        """Nothing may be promised."""
+        self.post(e.AppendFailed(self._clock.now_us(), request_id, message))
+
+    def on_completed(self, request_id: str, seq: int) -> None:
+        """Stored: the answer may go out."""
+        self.post(e.Completed(self._clock.now_us(), request_id, seq))
+
+    # --- EngineSink ----------------------------------------------------------------------------------------------
+
+    def on_chunk(self, request_id: str, attempt: int, chunk: Chunk) -> None:
+        """Tokens go straight to egress; only the first of an attempt is an event."""
+        if self.egress.chunk(request_id, attempt, chunk):
+            self.post(e.FirstToken(self._clock.now_us(), request_id, attempt, chunk.num_cached_tokens))
+
+    def on_finished(self, request_id: str, attempt: int, finish_reason: FinishReason) -> None:
+        """The attempt has ended and its slot is free."""
+        num_tokens = self.egress.num_tokens(request_id)
+        self.post(e.Finished(self._clock.now_us(), request_id, attempt, finish_reason, num_tokens))
+
+    def on_failed(self, request_id: str, attempt: int, error_code: str, message: str, lost: bool) -> None:
+        """The attempt has ended without an answer."""
+        self.post(e.Failed(self._clock.now_us(), request_id, attempt, error_code, message, lost))
+
+    def on_engine_up(self, info: EngineInfo) -> None:
+        """Another engine takes requests."""
+        self.post(e.EngineUp(self._clock.now_us(), info))
+
+    def on_engine_lost(self, engine: str, kind: ExitKind, reason: str) -> None:
+        """An engine is gone."""
+        self.post(e.EngineLost(self._clock.now_us(), engine, kind, reason))
+
+    def on_engine_stepped(self, engine: str, load: EngineLoad, progress: tuple[tuple[str, int], ...]) -> None:
+        """Gauges and progress of one engine."""
+        self.post(e.EngineStepped(self._clock.now_us(), engine, load, progress))
+
+    # --- answers that must await ---------------------------------------------------------------------------------
+
+    def _spawn(self, answer: Coroutine[None, None, None]) -> None:
+        self._tasks.create_task(answer)
+
+    async def _find(self, session: Session, request_id: str | None, client_request_id: str | None) -> Result | None:
+        result = await self.journal.find(session.tenant, request_id, client_request_id)
+        if result is None and not session.closed:
+            wanted = request_id or client_request_id
+            message = f"no request {wanted!r} of tenant {session.tenant!r} is open or stored"
+            session.send(refusal("not_found", message, request_id=request_id, client_request_id=client_request_id))
+        return result
+
+    async def _answer_stored(self, session: Session, request_id: str | None, client_request_id: str | None) -> None:
+        result = await self._find(session, request_id, client_request_id)
+        if result is not None:
+            self.egress.send_result(session, result)
+
+    async def _answer_state(self, session: Session, request_id: str | None, client_request_id: str | None) -> None:
+        result = await self._find(session, request_id, client_request_id)
+        if result is not None:
+            outcome = result.outcome
+            session.send(
+                State(
+                    request_id=outcome.request_id,
+                    client_request_id=result.client_request_id,
+                    state="finished",
+                    attempt=outcome.attempt,
+                    mode=outcome.mode,
+                )
+            )
+
+    async def _answer_fetch(
+        self, session: Session, request_ids: Sequence[str] | None, since_seq: int | None, max_bytes: int
+    ) -> None:
+        if request_ids is None:
+            results, next_seq, more = await self.journal.fetch(session.tenant, since_seq or 0, max_bytes)
+        else:
+            found = [await self.journal.find(session.tenant, request_id) for request_id in request_ids]
+            results, next_seq, more = [result for result in found if result is not None], 0, False
+        self.egress.send_results(session, results, next_seq, more)
+
+
+def _refuse(submit: Submit, session: Session, code: ErrorCode, message: str, retry_after_ms: int | None = None) -> None:
+    session.send(refusal(code, message, client_request_id=submit.client_request_id, retry_after_ms=retry_after_ms))
