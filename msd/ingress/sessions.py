@@ -66,6 +66,7 @@ class ClientSession:
         "retry_s",
         "tenant",
         "told_version",
+        "wants_room",
     )
 
     def __init__(
@@ -78,6 +79,7 @@ class ClientSession:
         self.closed = False
         self.greeted = False
         self.told_version = False
+        self.wants_room = False
         self.last_heard_s = now_s
         self.last_probed_s = now_s
         self.retry_s = RETRY_MIN_S
@@ -103,6 +105,11 @@ class ClientSession:
         self._num_submits += 1
         self._num_unfinished += 1
         return self._num_unfinished <= self._max_unfinished
+
+    def greet(self, delta_credit: int, *, at_most: int) -> bool:
+        """The client said hello (again): it takes `delta_credit` Deltas at least. True: as `grant`."""
+        self.greeted = True
+        return self.grant(max(0, delta_credit - self._delta_credit), at_most=at_most)
 
     def grant(self, num_deltas: int, *, at_most: int) -> bool:
         """More Deltas may be sent, `at_most` in all. True: a Delta was refused before, so egress must be resumed."""
@@ -167,6 +174,11 @@ class ClientSession:
         return self._delta_credit > 0 and self._take_blocked()
 
     @property
+    def last_contact_s(self) -> float:
+        """When the peer was last heard or asked for."""
+        return max(self.last_heard_s, self.last_probed_s)
+
+    @property
     def num_queued(self) -> int:
         """Control messages in the outbox."""
         return len(self._outbox)
@@ -181,7 +193,7 @@ class ClientSession:
         self._link.ended(self, reason)
 
     def _count_answer(self, message: ServerMessage) -> None:
-        """A submit is over with its Done or Error; a repeat (duplicate Ack) began nothing; not_found answers no submit."""
+        """A Done or an Error ends a submit, a duplicate Ack began none; `not_found` answers something else."""
         match message:
             case Done():
                 ends_submit = True
