@@ -1,0 +1,1 @@
+"""DO: engines that generate, and the pool that keeps them."""
