@@ -80,6 +80,8 @@ class Scheduler:
         self.decisions: deque[Decision] = deque(maxlen=limits.decisions_kept)
         self.reasons: Counter[tuple[str, str]] = Counter()
         """How often each (mode, reason) was decided; reasons are the policies' own, so they are few."""
+        self.errors: Counter[str] = Counter()
+        """Refusals and failures by error code."""
         self.idle_with_backlog_us = 0
         self._router = Router(self.fleet, make_policy([mode for mode, _, _ in modes]), rng)
         self._lengths = LengthLearner()
@@ -107,6 +109,11 @@ class Scheduler:
     def num_pending(self) -> int:
         """Requests that were submitted and have no delivered terminal state yet."""
         return len(self._open)
+
+    @property
+    def policy_name(self) -> str:
+        """The policy that decides."""
+        return self._router.policy.name
 
     @property
     def view(self) -> GpuView | None:
@@ -282,6 +289,7 @@ class Scheduler:
 
     def _reject(self, request_id: str, code: ErrorCode, message: str, retry_after_ms: int | None = None) -> None:
         self.counts.rejected += 1
+        self.errors[code] += 1
         self._out.append(c.Reject(request_id, code, message, retry_after_ms))
 
     # --- waiting -------------------------------------------------------------------------------------------------
@@ -516,6 +524,7 @@ class Scheduler:
 
     def _end(self, entry: Entry, t_us: int, code: str, message: str) -> None:
         """The request failed for good."""
+        self.errors[code] += 1
         outcome = Outcome(
             request_id=entry.request.request_id,
             attempt=entry.attempt,

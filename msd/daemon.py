@@ -1,0 +1,287 @@
+"""The composition root: makes every part, binds the socket, tells systemd, drains, leaves no child behind.
+
+Order of a start: vLLM is imported (it would hold the loop later), the journal recovers, the socket is bound, READY=1
+goes out, and only then do engines start, one after another; requests that come before one is warm wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+
+import structlog
+import uvloop
+from msgspec import to_builtins
+
+from msd import logs, status
+from msd.config import Config, EngineConfig
+from msd.core import events as e
+from msd.core.scheduler import Scheduler
+from msd.dispatch import Dispatcher
+from msd.egress import Egress
+from msd.engine import tokens
+from msd.engine.noop import NoopEngine
+from msd.engine.pool import Pool
+from msd.engine.sim import SimEngine
+from msd.engine.vllm import VllmEngine, import_vllm
+from msd.errors import EXIT_OK, ConfigError, MsdError
+from msd.ingress.accept import Acceptor
+from msd.ingress.zmq import ZmqIngress
+from msd.journal.memory import MemoryJournal
+from msd.notify import Notifier
+from msd.ports import Clock, Engine, GpuProbe, Tokenizer
+from msd.simgpu import SimGpu
+from msd.telemetry.probes import start_probes
+
+T = TypeVar("T")
+
+TICK_S = 0.02
+"""How often deadlines, counters and the GPU view are looked at."""
+STATUS_EVERY_TICKS = 50
+DRAIN_GRACE_S = 5.0
+"""After the drain's limit: for engines to end what was aborted and for the last answers to leave."""
+STOP_LIMIT_S = 20.0
+
+_log = structlog.get_logger(__name__)
+
+
+class MonotonicClock:
+    """The machine's monotonic clock."""
+
+    def now_us(self) -> int:
+        """Microseconds since an arbitrary start."""
+        return time.monotonic_ns() // 1_000
+
+
+class ThreadOffload:
+    """Runs heavy functions in the loop's thread pool."""
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """The function's result."""
+        return await asyncio.get_running_loop().run_in_executor(None, function)
+
+
+class Daemon:
+    """One run of msd, from a checked configuration to the last child's end."""
+
+    def __init__(self, config: Config, base_dir: Path) -> None:
+        """`base_dir`: what relative paths in the configuration count from."""
+        self._config = config
+        self._base_dir = base_dir
+        self._clock: Clock = MonotonicClock()
+        self._rng = Random(config.daemon.seed)
+        self._notifier = Notifier()
+        self._stop = asyncio.Event()
+        self._abort = asyncio.Event()
+        self._draining = False
+        self._epoch = secrets.token_hex(4)
+        self._identity = status.Identity(config, self._epoch, os.getpid(), self._clock.now_us())
+        self._told = ""
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; drain; leave nothing behind. Raises MsdError when it cannot start."""
+        config = self._config
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        if any(engine.kind == "vllm" for engine in config.engine):
+            _log.info("vllm_import", why="it would hold the loop later")
+            import_vllm()
+        gpu = self._simulated_gpu()
+        journal = MemoryJournal(config.journal)
+        scheduler = Scheduler.from_config(config, self._rng)
+        probes = start_probes(config.telemetry, self._clock, gpu)
+        async with asyncio.TaskGroup() as tasks:
+            self._dispatcher = dispatcher = Dispatcher(
+                scheduler,
+                journal,
+                Egress(loop, config.limits),
+                Acceptor(epoch=self._epoch, models=self._tokenizers(), offload=ThreadOffload()),
+                self._clock,
+                tasks,
+                self._describe,
+            )
+            factories = {engine.name: self._factory(engine, gpu) for engine in config.engine}
+            limits_s = {engine.name: engine.start_timeout_s for engine in config.engine}
+            self._pool = pool = Pool(
+                factories, dispatcher, journal.read_prompt, self._rng, self._clock, start_timeout_s=limits_s
+            )
+            dispatcher.attach(pool)
+            self._ingress = ingress = ZmqIngress(
+                config.ingress.zmq,
+                config.limits,
+                config.tenant,
+                dispatcher,
+                epoch=self._epoch,
+                durable=journal.durable,
+            )
+            for request in await journal.start(dispatcher):
+                dispatcher.egress.register(request, None)
+                dispatcher.post(e.Recovered(self._clock.now_us(), request))
+            await ingress.start()
+            _log.info("serving", endpoints=ingress.endpoints, policy=config.policy.name, epoch=self._epoch)
+            self._notifier.tell("READY=1", "STATUS=no mode is warm yet")
+            running = tasks.create_task(pool.run(), name="pool")
+            ticker = tasks.create_task(self._tick(probes), name="ticker")
+            # Everything that lives as long as the daemon exists now: the collector need not look at it again.
+            gc.collect()
+            gc.freeze()
+            await self._stop.wait()
+            await self._drain(dispatcher, ingress)
+            if not await pool.stop(STOP_LIMIT_S):
+                _log.error("engines_still_stopping", limit_s=STOP_LIMIT_S)
+            await running
+            ticker.cancel()
+            await ingress.close()
+            await journal.stop()
+            for probe in probes:
+                probe.stop()
+            _log.info("stopped")
+
+    # --- end ---------------------------------------------------------------------------------------------------------
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._abort.set()
+        self._stop.set()
+
+    async def _drain(self, dispatcher: Dispatcher, ingress: ZmqIngress) -> None:
+        """Answer what waits, let what runs finish within the limit, then abort it; a second signal aborts at once."""
+        self._draining = True
+        drain_s = self._config.daemon.drain_s
+        self._notifier.tell("STOPPING=1", f"STATUS=draining, at most {drain_s:g} s")
+        _log.info("draining", drain_s=drain_s, pending=dispatcher.scheduler.num_pending)
+        ingress.draining(int(drain_s * 1_000))
+        now_us = self._clock.now_us()
+        dispatcher.post(e.Draining(now_us, now_us + int(drain_s * 1e6)))
+        async with asyncio.TaskGroup() as waits:
+            idle = waits.create_task(dispatcher.idle.wait())
+            abort = waits.create_task(self._abort.wait())
+            await asyncio.wait((idle, abort), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+            if not idle.done():
+                now_us = self._clock.now_us()
+                dispatcher.post(e.Draining(now_us, now_us))
+                await asyncio.wait((idle,), timeout=DRAIN_GRACE_S)
+            if not idle.done():
+                _log.error("requests_left", pending=dispatcher.scheduler.num_pending)
+            idle.cancel()
+            abort.cancel()
+
+    # --- while it runs -----------------------------------------------------------------------------------------------
+
+    async def _tick(self, probes: tuple[GpuProbe, ...]) -> None:
+        """Give the core what the probes have read, and the time."""
+        num_ticks = 0
+        view = None
+        while True:
+            await asyncio.sleep(TICK_S)
+            post = self._dispatcher.post
+            for probe in probes:
+                for reading in probe.readings():
+                    post(e.CounterRead(reading.t_us, reading))
+            latest = probes[0].latest()
+            if latest is not None and latest is not view:
+                view = latest
+                post(e.ViewTaken(self._clock.now_us(), latest))
+            post(e.Tick(self._clock.now_us()))
+            num_ticks += 1
+            if num_ticks % STATUS_EVERY_TICKS == 0 and not self._draining:
+                self._tell_status()
+
+    def _tell_status(self) -> None:
+        states = self._pool.status()
+        up = [engine.engine for engine in states if engine.state == "up"]
+        rest = [f"{engine.engine} {engine.state}" for engine in states if engine.state != "up"]
+        line = f"STATUS=warm: {', '.join(up) or 'none'}" + (f"; {', '.join(rest)}" if rest else "")
+        if line != self._told:
+            self._told = line
+            self._notifier.tell(line)
+
+    def _describe(self) -> dict[str, object]:
+        described = to_builtins(
+            status.gather(
+                self._identity,
+                self._dispatcher.scheduler,
+                self._pool.status(),
+                self._dispatcher.journal,
+                draining=self._draining,
+                num_sessions=self._ingress.stats()["num_sessions"],
+                now_us=self._clock.now_us(),
+            )
+        )
+        assert isinstance(described, dict)
+        return described
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _simulated_gpu(self) -> SimGpu | None:
+        if not any(engine.kind == "sim" for engine in self._config.engine):
+            return None
+        telemetry = self._config.telemetry
+        return SimGpu(
+            memory_bytes=telemetry.sim_memory_bytes,
+            idle_w=telemetry.sim_idle_w,
+            rng=Random(self._config.daemon.seed),
+            now_us=self._clock.now_us(),
+        )
+
+    def _tokenizers(self) -> dict[str, Tokenizer]:
+        found: dict[str, Tokenizer] = {}
+        for model in self._config.model:
+            folder = model.tokenizer or model.path
+            found[model.name] = tokens.load_tokenizer(self._base_dir / folder) if folder else tokens.SimTokenizer()
+        return found
+
+    def _factory(self, engine: EngineConfig, gpu: SimGpu | None) -> Callable[[], Engine]:
+        match engine.kind:
+            case "noop":
+                return lambda: NoopEngine(engine)
+            case "sim":
+                assert gpu is not None, "a simulated engine needs the simulated GPU"
+                return lambda: SimEngine(engine, gpu, self._clock, self._rng)
+            case "vllm":
+                model = next(model for model in self._config.model if model.name == engine.model)
+                return lambda: VllmEngine(engine, self._base_dir / model.path, self._base_dir, run_dir(self._config))
+
+
+def run_dir(config: Config) -> Path:
+    """Folder of engine logs: the configured one, systemd's, the user's, else a new one below the temporary folder."""
+    named = config.daemon.run_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    if not named and "XDG_RUNTIME_DIR" in os.environ:
+        named = os.path.join(os.environ["XDG_RUNTIME_DIR"], "msd")
+    folder = Path(named) if named else Path(tempfile.gettempdir()) / f"msd-{os.getuid()}"
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    return folder
+
+
+def serve(config: Config, base_dir: Path) -> int:
+    """Run the daemon; returns the process's exit code. Errors of operation are logged with their remedy."""
+    logs.configure(config.daemon)
+    if not config.engine:
+        raise ConfigError("no [[engine]] is configured", remedy="config.toml in the repository is a documented example")
+    failure: MsdError | None = None
+    try:
+        uvloop.run(Daemon(config, base_dir).run())
+    except* MsdError as group:
+        failure = _first(group)
+    if failure is None:
+        return EXIT_OK
+    _log.error("cannot_serve", error=str(failure))
+    return failure.exit_code
+
+
+def _first(group: BaseExceptionGroup[MsdError]) -> MsdError:
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    assert isinstance(first, MsdError)
+    return first
