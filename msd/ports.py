@@ -183,7 +183,7 @@ class Journal(Protocol):
         """Store the one terminal state with its result; the listener hears when. A second one is a counted no-op."""
         ...
 
-    def settle(self, request_id: str, energy: Energy, tenant: str) -> None:
+    def settle(self, request_id: str, energy: Energy) -> None:
         """Replace a stored result's provisional energy, if it is still kept."""
         ...
 

@@ -49,6 +49,7 @@ class MemoryJournal:
         self._max_bytes = config.max_result_bytes
         self._pending: dict[str, tuple[Request, Prompt]] = {}
         self._tenants: dict[str, _TenantResults] = {}
+        self._stored: dict[str, _Stored] = {}
         self._listener: JournalListener | None = None
         self._next_seq = 1
         self.num_repeated_completions = 0
@@ -94,17 +95,16 @@ class MemoryJournal:
         tenant = self._tenants.get(result.tenant)
         if tenant is None:
             tenant = self._tenants[result.tenant] = _TenantResults()
-        tenant.by_id[request_id] = stored
+        tenant.by_id[request_id] = self._stored[request_id] = stored
         tenant.by_client_id[result.client_request_id] = request_id
         tenant.num_bytes += stored.num_bytes
         while tenant.num_bytes > self._max_bytes and tenant.acked:
             self._drop(tenant, next(iter(tenant.acked)))
         self._listener.on_completed(request_id, seq)
 
-    def settle(self, request_id: str, energy: Energy, tenant: str) -> None:
+    def settle(self, request_id: str, energy: Energy) -> None:
         """Put the settled energy into the stored result, if it is still there."""
-        results = self._tenants.get(tenant)
-        stored = results.by_id.get(request_id) if results is not None else None
+        stored = self._stored.get(request_id)
         if stored is not None:
             outcome = msgspec.structs.replace(stored.result.outcome, energy=energy)
             stored.result = msgspec.structs.replace(stored.result, outcome=outcome)
@@ -163,9 +163,9 @@ class MemoryJournal:
         self._next_seq += 1
         return seq
 
-    @staticmethod
-    def _drop(results: _TenantResults, request_id: str) -> None:
+    def _drop(self, results: _TenantResults, request_id: str) -> None:
         del results.acked[request_id]
+        del self._stored[request_id]
         stored = results.by_id.pop(request_id)
         del results.by_client_id[stored.result.client_request_id]
         results.num_bytes -= stored.num_bytes
