@@ -142,7 +142,9 @@ class Dispatcher:
         self.journal.complete(result)
 
     def _ack_duplicate(self, command: c.AckDuplicate) -> None:
-        session = self.egress.ack_duplicate(command.request_id, command.existing_id, command.state)
+        session = self.egress.ack_duplicate(
+            command.request_id, command.existing_id, command.state, self.journal.durable
+        )
         if session is not None:
             self._spawn(self._answer_stored(session, command.existing_id, None))
 
@@ -277,6 +279,10 @@ class Dispatcher:
     def on_failed(self, request_id: str, attempt: int, error_code: str, message: str, lost: bool) -> None:
         """The attempt has ended without an answer."""
         self.post(e.Failed(self._clock.now_us(), request_id, attempt, error_code, message, lost))
+
+    def on_engine_starting(self, engine: str) -> None:
+        """An engine loads."""
+        self.post(e.EngineStarting(self._clock.now_us(), engine))
 
     def on_engine_up(self, info: EngineInfo) -> None:
         """Another engine takes requests."""

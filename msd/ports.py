@@ -105,12 +105,16 @@ class EngineSink(Protocol):
         """The attempt ended without an answer; `lost`: with its engine."""
         ...
 
+    def on_engine_starting(self, engine: str) -> None:
+        """An engine begins to load and warm up; `on_engine_up` or `on_engine_lost` ends it."""
+        ...
+
     def on_engine_up(self, info: EngineInfo) -> None:
         """An engine is warm and takes requests."""
         ...
 
     def on_engine_lost(self, engine: str, kind: ExitKind, reason: str) -> None:
-        """An engine takes no requests any more. Its running attempts have been reported before."""
+        """An engine takes no requests (any more), or did not start. Its attempts have been reported before."""
         ...
 
     def on_engine_stepped(self, engine: str, load: EngineLoad, progress: tuple[tuple[str, int], ...]) -> None:

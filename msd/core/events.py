@@ -91,6 +91,13 @@ class Cancelled(Struct, frozen=True):
     request_id: str
 
 
+class EngineStarting(Struct, frozen=True):
+    """An engine loads and warms up: work that no request asked for."""
+
+    t_us: int
+    engine: str
+
+
 class EngineUp(Struct, frozen=True):
     """An engine is warm."""
 
@@ -99,7 +106,7 @@ class EngineUp(Struct, frozen=True):
 
 
 class EngineLost(Struct, frozen=True):
-    """An engine takes no requests any more; its attempts were reported Failed before."""
+    """An engine takes no requests any more, or did not start; its attempts were reported Failed before."""
 
     t_us: int
     engine: str
@@ -154,6 +161,7 @@ Event = (
     | Failed
     | Completed
     | Cancelled
+    | EngineStarting
     | EngineUp
     | EngineLost
     | EngineStepped

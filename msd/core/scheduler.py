@@ -163,11 +163,15 @@ class Scheduler:
                 self._on_cancelled(event)
             case e.Failed():
                 self._on_failed(event)
+            case e.EngineStarting():
+                self.ledger.work_started(event.t_us, _start_of(event.engine), event.engine)
             case e.EngineUp():
+                self.ledger.ended(event.t_us, _start_of(event.info.engine), "wasted", "warmup")
                 self.fleet.engine_up(event.info)
                 self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
             case e.EngineLost():
+                self.ledger.ended(event.t_us, _start_of(event.engine), "wasted", "warmup")
                 self.fleet.engine_lost(event.engine)
                 self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
@@ -614,6 +618,11 @@ class Scheduler:
         if self._idle_since_us >= 0:
             self.idle_with_backlog_us += t_us - self._idle_since_us
         self._idle_since_us = t_us if idle else -1
+
+
+def _start_of(engine: str) -> str:
+    """The ledger's owner of an engine's start."""
+    return f"start of {engine}"
 
 
 def mode_of(engine: EngineConfig) -> Mode:

@@ -299,6 +299,7 @@ class Pool:
             slot.num_finished = 0
             slot.up_us = None
             log.info("engine_starts", engine=slot.name, num_starts=slot.num_starts)
+            self._sink.on_engine_starting(slot.name)
             try:
                 engine = slot.engine = slot.factory()
                 async with asyncio.timeout(limit_s):
@@ -317,6 +318,7 @@ class Pool:
                 self._sink.on_engine_up(info)
                 return engine
             log.error("engine_start_failed", engine=slot.name, error=slot.last_error)
+            self._sink.on_engine_lost(slot.name, ExitKind.DIED, slot.last_error)
             await self._discard(slot)
         return None
 
