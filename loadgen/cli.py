@@ -28,6 +28,7 @@ EXIT_USAGE = 2
 EXIT_DEAD = 3
 EXIT_INVALID = 4
 SIGNAL_BASE = 128
+PLAIN_WIDTH = 120
 
 
 class UsageError(Exception):
@@ -122,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(encoded.decode())
     else:
-        table.show(run.report, Console())
+        table.show(run.report, Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH))
     if run.death is not None:
         print(f"loadgen: target dead: {run.death}", file=sys.stderr)
     return _exit_code(run)

@@ -7,11 +7,13 @@ fast, and it judges the `_intended` latencies.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from loadgen.record import ABSENT, GapSketch, Record, Status
+from loadgen.record import ABSENT, GapSketch, Record, Status, Words
 from loadgen.spec import SloSpec
 
 Bools = NDArray[np.bool_]
@@ -161,7 +163,7 @@ def group(
         slo=slo,
         num_offered=num_offered,
         by_status={status.name.lower(): int((record.status[of] == status).sum()) for status in Status},
-        errors=_errors(record, of),
+        errors=_counted(record.error[of], record.errors),
         latencies=latencies(record, of),
         submit_ack_ms=quantiles((record.acked_us - record.sent_us)[acked]),
         itl_ms=_gaps(record, done, sketches),
@@ -184,6 +186,8 @@ def modes(record: Record, of: Bools) -> tuple[ModeUse, ...]:
     uses = []
     for number, mode in enumerate(record.modes.list()):
         mine = served & (record.mode == number)
+        if not mine.any():
+            continue
         tokens = int(record.num_tokens[mine].sum())
         uses.append(
             ModeUse(
@@ -195,7 +199,7 @@ def modes(record: Record, of: Bools) -> tuple[ModeUse, ...]:
                 latencies=latencies(record, mine),
                 accuracy=accuracy(record, mine),
                 energy=energy(record, mine),
-                reasons=dict(record.reasons[mode].most_common(TOP_REASONS)) if mode in record.reasons else {},
+                reasons=dict(Counter(_counted(record.reason[mine], record.reasons)).most_common(TOP_REASONS)),
             )
         )
     return tuple(sorted(uses, key=lambda use: (-use.num_requests, use.mode)))
@@ -229,10 +233,10 @@ def energy(record: Record, of: Bools) -> tuple[EnergySum, ...]:
     return tuple(sums)
 
 
-def _errors(record: Record, of: Bools) -> dict[str, int]:
-    codes = record.errors.list()
-    counted = np.bincount(record.error[of & (record.error != ABSENT)], minlength=len(codes))
-    return {code: int(counted[number]) for number, code in enumerate(codes) if counted[number]}
+def _counted(numbers: NDArray[np.int16], words: Words) -> dict[str, int]:
+    """Count the words that a column names."""
+    counted = np.bincount(numbers[numbers != ABSENT], minlength=1)
+    return {word: int(count) for word, count in zip(words.list(), counted, strict=False) if count}
 
 
 def _gaps(record: Record, done: Bools, sketches: list[GapSketch]) -> GapQuantiles | None:

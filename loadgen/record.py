@@ -6,7 +6,7 @@ Times are integer microseconds from the start of the run; -1 = it did not happen
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
@@ -18,7 +18,6 @@ from msd.wire import Done
 
 ABSENT = -1
 MAX_WORDS = 4_096
-MAX_REASONS_PER_MODE = 64
 RECENT_TTFTS = 256
 OTHER = "(other)"
 
@@ -76,7 +75,7 @@ class GapSketch:
 
 
 class Words:
-    """Numbers for the words that a column holds (modes, error codes); bounded, the overflow shares one number."""
+    """Numbers for the words that a column holds (modes, error codes, ..); bounded, the overflow shares one number."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -135,12 +134,12 @@ class Record:
         self.itl_p99_us = times()
         self.queue_us, self.engine_us, self.energy_mj = (times() for _ in range(3))
         self.mode: NDArray[np.int16] = np.full(n, ABSENT, dtype=np.int16)
+        self.reason: NDArray[np.int16] = np.full(n, ABSENT, dtype=np.int16)
         self.error: NDArray[np.int16] = np.full(n, ABSENT, dtype=np.int16)
         self.energy_source: NDArray[np.int16] = np.full(n, ABSENT, dtype=np.int16)
         self.right: NDArray[np.int8] = np.full(n, ABSENT, dtype=np.int8)
         self.num_restarts = self.num_switched = self.num_late_answers = self.num_unsettled = 0
-        self.modes, self.errors, self.energy_sources = Words(), Words(), Words()
-        self.reasons: dict[str, Counter[str]] = {}
+        self.modes, self.errors, self.energy_sources, self.reasons = Words(), Words(), Words(), Words()
         self.gaps = [GapSketch() for _ in range(num_classes)]
         self.recent_ttft_us: deque[int] = deque(maxlen=RECENT_TTFTS)
         self.num_sent = self.num_finished = self.num_bad = 0
@@ -240,6 +239,7 @@ class Record:
         self.queue_us[index] = round(done.timings.queue_ms * 1_000)
         self.engine_us[index] = round(done.timings.engine_ms * 1_000)
         self.mode[index] = self.modes.number(done.mode)
+        self.reason[index] = self.reasons.number(done.reason)
         self.num_switched += done.switched
         if done.energy is not None:
             self.energy_mj[index] = done.energy.energy_mj
@@ -253,7 +253,6 @@ class Record:
         if answer is not None and not aborted:
             text = done.text if done.text is not None else "".join(flight.parts or ())
             self.right[index] = is_right(answer, text)
-        self._count_reason(done.mode, done.reason)
         self._end(index, Status.ABORTED if aborted else Status.FINISHED, t_us)
 
     def refused(self, index: int, t_us: int, code: str) -> None:
@@ -272,11 +271,3 @@ class Record:
             self.num_finished += 1
         else:
             self.num_bad += 1
-
-    def _count_reason(self, mode: str, reason: str) -> None:
-        reasons = self.reasons.get(mode)
-        if reasons is None:
-            if len(self.reasons) >= MAX_WORDS:
-                return
-            reasons = self.reasons[mode] = Counter()
-        reasons[reason if reason in reasons or len(reasons) < MAX_REASONS_PER_MODE else OTHER] += 1

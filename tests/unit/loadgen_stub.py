@@ -98,6 +98,8 @@ class StubServer:
                 self.cancelled.append(message.client_request_id or "")
             case wire.Acked():
                 self.acked.extend(message.request_ids)
+            case wire.Credit():
+                pass
             case _:
                 raise AssertionError(message)
 
