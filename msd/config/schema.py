@@ -44,7 +44,7 @@ class DaemonConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     run_dir: Annotated[
         str,
         Meta(
-            description="Folder of engine logs and pid records. Empty: `$RUNTIME_DIRECTORY`, else `$XDG_RUNTIME_DIR`."
+            description="Folder of engine logs. Empty: `$RUNTIME_DIRECTORY`, `$XDG_RUNTIME_DIR/msd` or a temporary one."
         ),
     ] = ""
 

@@ -1,0 +1,56 @@
+"""Options that several commands share, so that they mean the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What a command adds its parser to; argparse has no public name for it."""
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add `--config`, with the places that are searched without it."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration (else $MSD_CONFIG, ./config.toml, /etc/msd/config.toml)"
+    )
+
+
+def add_endpoint(parser: argparse.ArgumentParser) -> None:
+    """Add `--endpoint`, with the places that are tried without it."""
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ipc:///path or tcp://host:port (else $MSD_ENDPOINT, /run/msd/msd.sock, $XDG_RUNTIME_DIR/msd/msd.sock)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser, help_text: str = "one JSON object on stdout") -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help=help_text)
+
+
+def positive(text: str) -> float:
+    """A number above 0, as argparse's `type`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number above 0, as argparse's `type`."""
+    value = positive(text)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0, as argparse's `type`."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
