@@ -30,8 +30,10 @@ class Entry:
         "eligible",
         "expected_tokens",
         "first_token_us",
+        "held_at",
         "length_class",
         "num_cached_tokens",
+        "num_held",
         "outcome_kind",
         "parked",
         "phase",
@@ -51,9 +53,13 @@ class Entry:
         self.static_masks = static_masks
         """Per mode, the reasons that do not change while the request waits (model, hint, quality)."""
         self.eligible = eligible
-        """Bit set of modes whose static mask is 0."""
+        """Bit set of modes whose static mask is 0, less those whose context turned out too short."""
         self.parked = -1
-        """Mode that the policy chose although it was full; -1 = undecided."""
+        """Mode that the policy chose although it was full, or that it runs on; -1 = undecided."""
+        self.held_at = -1
+        """`Fleet.num_changes` when memory last held it back: until that moves there is no need to ask again."""
+        self.num_held = 0
+        """How often memory held it back."""
         self.expected_tokens = 0
         self.length_class: tuple[str, str, int, int] = ("", "", 0, 0)
         self.weight_tokens = request.num_prompt_tokens + request.max_tokens

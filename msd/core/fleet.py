@@ -23,6 +23,7 @@ class ModeBook:
         "max_model_len",
         "mode",
         "num_decisions",
+        "num_parked",
         "num_running",
         "num_slots",
         "reserved_tokens",
@@ -39,6 +40,8 @@ class ModeBook:
         self.info: EngineInfo | None = None
         self.load = EngineLoad()
         self.num_running = 0
+        self.num_parked = 0
+        """Requests that wait for this mode by the policy's choice."""
         self.reserved_tokens = 0
         self.num_decisions = 0
         self.estimate = ModeEstimate()
@@ -57,11 +60,14 @@ class Fleet:
         """Bit set of modes that are up and have a slot."""
         self.up = 0
         self.num_running = 0
+        self.num_changes = 0
+        """Counts what may make room: ends of requests, engines that come and go."""
         self.shortest_context = min((book.max_model_len or 0 for book in self.books), default=0)
         """The context that every mode has; 0 while some engine has not told its own."""
 
     def engine_up(self, info: EngineInfo) -> None:
         """The engine is warm: its modes can be chosen."""
+        self.num_changes += 1
         for i in self._by_engine[info.engine]:
             book = self.books[i]
             book.info = info
@@ -76,6 +82,7 @@ class Fleet:
 
     def engine_lost(self, engine: str) -> None:
         """Nothing may be sent there any more."""
+        self.num_changes += 1
         for i in self._by_engine[engine]:
             self.books[i].up = False
             self.books[i].load = EngineLoad()
@@ -98,6 +105,7 @@ class Fleet:
 
     def release(self, i: int, reserved_tokens: int) -> None:
         """A request left mode i."""
+        self.num_changes += 1
         book = self.books[i]
         book.num_running -= 1
         book.reserved_tokens -= reserved_tokens
@@ -105,6 +113,15 @@ class Fleet:
         assert book.num_running >= 0, "more requests left the mode than came"
         assert book.reserved_tokens >= 0, "more tokens released than reserved"
         self._refresh(i)
+
+    def park(self, i: int) -> None:
+        """A waiting request is to wait for mode i."""
+        self.books[i].num_parked += 1
+
+    def unpark(self, i: int) -> None:
+        """It waits for mode i no more."""
+        self.books[i].num_parked -= 1
+        assert self.books[i].num_parked >= 0, "more requests unparked than parked"
 
     def resident(self) -> list[str]:
         """Names of the modes that are up."""
@@ -119,7 +136,7 @@ class Fleet:
                 if usage > worst:
                     worst = usage
                 if book.reserved_tokens > worst * book.kv_capacity_tokens:
-                    worst = book.reserved_tokens / book.kv_capacity_tokens
+                    worst = book.reserved_tokens / max(1, book.kv_capacity_tokens)
         return worst
 
     def _refresh(self, i: int) -> None:

@@ -52,7 +52,7 @@ class Router:
                     mask |= _MEMORY
                 if free <= 0:
                     mask |= _SLOTS
-                    ttft_ms += estimate.service_ms / book.num_slots
+                    ttft_ms += estimate.service_ms * (book.num_parked + 1) / book.num_slots
             else:
                 mask |= _HEALTH
                 free = 0
@@ -84,6 +84,7 @@ class Router:
         else:
             return None
         choice = self.policy.choose(features, candidates, self._rng)
+        assert choice.arm >= 0, f"{self.policy.name} chose nothing"
         assert candidates[choice.arm].mask in (0, _SLOTS), f"{self.policy.name} chose a masked mode"
         return choice
 

@@ -29,13 +29,27 @@ from msd.core.ledger import Account, Ledger, WasteReason
 from msd.core.lengths import LengthLearner
 from msd.core.queue import FairQueue
 from msd.core.router import Router
-from msd.domain import Decision, Energy, FinishReason, GpuView, Mask, Mode, Observation, Outcome, Request, Timings
+from msd.domain import (
+    Candidate,
+    Decision,
+    Energy,
+    FinishReason,
+    GpuView,
+    Mask,
+    Mode,
+    Observation,
+    Outcome,
+    Request,
+    Timings,
+)
 from msd.policy import make_policy
 from msd.ports import Policy
 from msd.wire import ErrorCode
 
 _DECISIONS_PER_EVENT = 64
-_BLOCKED_PER_EVENT = 4
+_HELD_PER_EVENT = 4
+_PASSED_AT_MOST = 16
+"""Changes of the fleet during which others may pass a request that memory holds back; then they wait behind it."""
 _EXPIRED_PER_EVENT = 1_000
 _DUPLICATES_PER_REQUEST = 64
 _UNSETTLED_KEPT = 4_096
@@ -91,6 +105,7 @@ class Scheduler:
         self._by_key: dict[tuple[str, str], Entry] = {}
         self._deadlines: list[tuple[int, int, Entry]] = []
         self._unsettled: dict[str, tuple[Decision, Observation, int]] = {}
+        self._num_repeats = 0
         self._next_seq = 1
         self._drain_until_us: int | None = None
         self._idle_since_us = -1
@@ -107,8 +122,8 @@ class Scheduler:
 
     @property
     def num_pending(self) -> int:
-        """Requests that were submitted and have no delivered terminal state yet."""
-        return len(self._open)
+        """Requests that were submitted and have no delivered terminal state yet, and repeats that await their ack."""
+        return len(self._open) + self._num_repeats
 
     @property
     def policy_name(self) -> str:
@@ -194,13 +209,14 @@ class Scheduler:
         request = event.request
         self.counts.submitted += 1
         self._arrivals.note(event.t_us)
+        existing = self._by_key.get((request.tenant, request.client_request_id))
+        if existing is not None:
+            # Also while draining: the first one was accepted, and its answer is still to come.
+            self._on_repeated(request, existing)
+            return
         if self._drain_until_us is not None:
             left_ms = max(1, (self._drain_until_us - event.t_us) // 1000)
             self._reject(request.request_id, "draining", _DRAINING, left_ms)
-            return
-        existing = self._by_key.get((request.tenant, request.client_request_id))
-        if existing is not None:
-            self._on_repeated(request, existing)
             return
         static = self.admission.masks(request)
         refusal = self.admission.refuse(request, static, self.queue.num_waiting)
@@ -225,6 +241,7 @@ class Scheduler:
         elif len(existing.duplicates) < _DUPLICATES_PER_REQUEST:
             # The first one is not stored yet: a repeat must not be promised what the original was not.
             existing.duplicates.append(request.request_id)
+            self._num_repeats += 1
         else:
             self._reject(request.request_id, "queue_full", "too many repeats of one request at once", 100)
 
@@ -264,6 +281,7 @@ class Scheduler:
         for repeat_id in entry.duplicates:
             self.counts.duplicates += 1
             self._out.append(c.AckDuplicate(repeat_id, entry.request.request_id, "waiting"))
+        self._num_repeats -= len(entry.duplicates)
         entry.duplicates.clear()
 
     def _on_append_duplicated(self, event: e.AppendDuplicated) -> None:
@@ -287,6 +305,7 @@ class Scheduler:
     def _forget(self, entry: Entry) -> None:
         """An entry that was never accepted leaves the books."""
         entry.phase = Phase.CLOSED
+        self._num_repeats -= len(entry.duplicates)
         self.admission.release(entry)
         del self._open[entry.request.request_id]
         del self._by_key[(entry.request.tenant, entry.request.client_request_id)]
@@ -307,46 +326,72 @@ class Scheduler:
             # Also for a retry: its first item may have surfaced, unheeded, while it ran.
             heappush(self._deadlines, (entry.request.deadline_us, entry.seq, entry))
         self.queue.push(entry)
-        self._note_idleness(t_us)
 
     def _fill(self, t_us: int) -> None:
         """Give free slots to waiting requests, in fair order, until none is left that a free mode may serve."""
-        blocked: list[Entry] = []
-        for _ in range(_DECISIONS_PER_EVENT):
-            if not self.fleet.free or not self.queue.num_waiting:
+        fleet, queue = self.fleet, self.queue
+        held: list[Entry] = []
+        closed = 0
+        for _ in range(_DECISIONS_PER_EVENT if self._drain_until_us is None else 0):
+            free = fleet.free & ~closed
+            if not free or not queue.num_waiting:
                 break
-            entry = self.queue.pop(self.fleet.free, self.fleet.up)
+            entry = queue.pop(free, fleet.up)
             if entry is None:
                 break
-            if not self._route(entry, t_us):
-                blocked.append(entry)
-                # What memory holds back stays first in line; the few behind it may still fit beside it.
-                if len(blocked) >= _BLOCKED_PER_EVENT:
-                    break
-        for entry in blocked:
-            self.queue.push(entry)
+            if entry.held_at != fleet.num_changes and self._route(entry, t_us):
+                continue
+            # Memory holds it back: it stays first in line, and a few behind it that fit may pass, for a while.
+            held.append(entry)
+            if entry.held_at != fleet.num_changes:
+                entry.held_at = fleet.num_changes
+                entry.num_held += 1
+            if len(held) >= _HELD_PER_EVENT or entry.num_held > _PASSED_AT_MOST:
+                closed |= entry.eligible
+        for entry in held:
+            queue.push(entry)
         self._note_idleness(t_us)
 
     def _route(self, entry: Entry, t_us: int) -> bool:
-        """Decide one request that was just taken from the queue. False: nothing can serve it at this moment."""
+        """Decide one request that was just taken from the queue. False: no room for it at this moment."""
+        if entry.parked >= 0:
+            self.fleet.unpark(entry.parked)
+            entry.parked = -1
+        deadline_us = entry.request.deadline_us
+        if deadline_us is not None and deadline_us <= t_us:
+            # The tick that looks at deadlines comes later; no slot for an answer that is late already.
+            self._withdraw(entry)
+            self._expire(entry, t_us)
+            return True
         features = extract(entry, t_us, self.fleet, self.queue.num_waiting, self._arrivals.cv, self._view)
         candidates = self._router.candidates(entry, features)
         choice = self._router.choose(features, candidates, entry.request.mode_hint)
         if choice is None:
-            if all(candidate.mask & (Mask.CONTEXT | Mask.MODEL | Mask.HINT | Mask.QUALITY) for candidate in candidates):
-                self.queue.push(entry)
-                self._end(entry, t_us, "context_overflow", _overflow_message(entry.request, self.fleet))
-                return True
-            entry.parked = -1
-            return False
+            return self._set_aside(entry, t_us, candidates)
         arm = choice.arm
         if candidates[arm].mask:
             # The policy would rather wait for a busy mode. It is asked again when that mode has a slot.
             entry.parked = arm
+            self.fleet.park(arm)
             self.queue.push(entry)
             return True
         decision = self._router.decide(entry, t_us, features, candidates, choice, self._view)
+        self.queue.charge(entry)
         self._dispatch(entry, t_us, arm, decision)
+        return True
+
+    def _set_aside(self, entry: Entry, t_us: int, candidates: list[Candidate]) -> bool:
+        """Every mode is masked. A context too short is for good: such modes no longer count as able to serve it."""
+        for i, candidate in enumerate(candidates):
+            if candidate.mask & Mask.CONTEXT:
+                entry.eligible &= ~(1 << i)
+        if not entry.eligible:
+            self._withdraw(entry)
+            self._end(entry, t_us, "context_overflow", _overflow_message(entry.request, self.fleet))
+            return True
+        if entry.eligible & self.fleet.free:
+            return False
+        self.queue.push(entry)
         return True
 
     def _dispatch(self, entry: Entry, t_us: int, arm: int, decision: Decision) -> None:
@@ -420,6 +465,7 @@ class Scheduler:
         else:
             self.counts.restarts += 1
             entry.parked = -1
+            entry.waiting_since_us = t_us
             self.admission.reserve(entry)
             self._out.append(c.Restart(event.request_id, entry.attempt + 1, "engine_lost"))
             self._enqueue(entry, t_us)
@@ -516,11 +562,12 @@ class Scheduler:
         """A cancelled request that does not run: an abort without tokens."""
         request = entry.request
         waited_ms = (t_us - request.received_us) * 0.001
+        reason = "cancelled after its engine was lost" if entry.attempt else "cancelled before it ran"
         outcome = Outcome(
             request_id=request.request_id,
             attempt=entry.attempt,
             finish_reason="abort",
-            reason="cancelled before it ran",
+            reason=reason,
             num_prompt_tokens=request.num_prompt_tokens,
             timings=Timings(queue_ms=waited_ms, e2e_ms=waited_ms),
         )
@@ -540,13 +587,23 @@ class Scheduler:
         )
         self._store(entry, outcome, "failed")
 
+    def _expire(self, entry: Entry, t_us: int) -> None:
+        waited_ms = (t_us - entry.waiting_since_us) * 0.001
+        self._end(entry, t_us, "deadline_exceeded", f"waited {waited_ms:.0f} ms, past its deadline")
+
+    def _withdraw(self, entry: Entry) -> None:
+        """The entry waits no more, and will not run: its place in the bounds is free."""
+        entry.phase = Phase.COMPLETING
+        self.admission.release(entry)
+
     def _store(self, entry: Entry, outcome: Outcome, kind: str) -> None:
-        if entry.phase in (Phase.APPENDING, Phase.WAITING):
-            was_waiting = entry.phase is Phase.WAITING
-            entry.phase = Phase.COMPLETING
-            self.admission.release(entry)
-            if was_waiting:
-                self.queue.discard(entry)
+        if entry.phase is Phase.WAITING:
+            self._withdraw(entry)
+            self.queue.discard(entry)
+            if entry.parked >= 0:
+                self.fleet.unpark(entry.parked)
+        elif entry.phase is Phase.APPENDING:
+            self._withdraw(entry)
         entry.phase = Phase.COMPLETING
         entry.outcome_kind = kind
         self._out.append(c.Complete(outcome))
@@ -577,6 +634,7 @@ class Scheduler:
         entry.abort_reason = "cancel"
         if entry.phase is Phase.WAITING:
             self._end_unrun(entry, event.t_us)
+            self._note_idleness(event.t_us)
         elif entry.phase is Phase.RUNNING:
             self._out.append(c.Abort(event.request_id, entry.attempt))
 
@@ -587,8 +645,7 @@ class Scheduler:
                 break
             entry = heappop(deadlines)[2]
             if entry.phase is Phase.WAITING:
-                waited_ms = (t_us - entry.request.received_us) / 1000
-                self._end(entry, t_us, "deadline_exceeded", f"waited {waited_ms:.0f} ms, past its deadline")
+                self._expire(entry, t_us)
         if self._drain_until_us is not None:
             self._drain(t_us)
         self._settle(self.ledger.expire(t_us))
@@ -613,11 +670,15 @@ class Scheduler:
     # --- figures -------------------------------------------------------------------------------------------------
 
     def _note_idleness(self, t_us: int) -> None:
-        """Add up the time in which requests wait although an engine is up and nothing runs (it must stay near 0)."""
-        idle = bool(self.queue.num_waiting and self.fleet.up and not self.fleet.num_running)
+        """Add up the time in which requests wait although an engine is up and nothing runs (it must stay near 0).
+
+        While draining what waits is not to run; there it would only measure how long the drain takes.
+        """
         if self._idle_since_us >= 0:
             self.idle_with_backlog_us += t_us - self._idle_since_us
-        self._idle_since_us = t_us if idle else -1
+            self._idle_since_us = -1
+        if not self.fleet.num_running and self.queue.num_waiting and self.fleet.up and self._drain_until_us is None:
+            self._idle_since_us = t_us
 
 
 def _start_of(engine: str) -> str:
