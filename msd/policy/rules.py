@@ -88,8 +88,8 @@ class Rules:
         every = tuple(range(len(modes)))
         arms: dict[tuple[Kind, ...], tuple[tuple[int, ...], ...]] = {}
         for kinds in (_BATCHING, _SHARED_PREFIX, _SMALLEST, _SPECULATION, _PREFILL):
-            tiers = [tuple(arm for arm, mode in enumerate(modes) if kind(mode)) for kind in kinds]
-            arms[kinds] = (*(tier for tier in tiers if tier), every)
+            # An absent kind stays as an empty tier: the reason must not pass its stand-in off as the published mode.
+            arms[kinds] = (*(tuple(arm for arm, mode in enumerate(modes) if kind(mode)) for kind in kinds), every)
         self._arms = arms
 
     def choose(self, features: Features, candidates: Sequence[Candidate], rng: Random) -> Choice:

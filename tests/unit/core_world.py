@@ -233,7 +233,7 @@ class CoreWorld:
         return [command for command in self.log if isinstance(command, kind)]
 
     def conserved(self) -> bool:
-        """submitted = delivered + rejected + aborted + failed + duplicates + pending."""
+        """Whether submitted = delivered + rejected + aborted + failed + duplicates + pending."""
         n = self.scheduler.counts
         ended = n.delivered + n.rejected + n.aborted + n.failed + n.duplicates
         return n.submitted == ended + self.scheduler.num_pending
