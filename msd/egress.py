@@ -7,7 +7,7 @@ waits; a reader that falls too far behind is detached and gets the whole text wi
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol, cast
 
@@ -118,7 +118,7 @@ class Egress:
         self.num_deltas = 0
         self.num_detached = 0
 
-    # --- life of a request -----------------------------------------------------------------------------------------
+    # --- life of a request -------------------------------------------------------------------------------------------
 
     def register(self, request: Request, session: Session | None) -> None:
         """A request begins; `session` reads it. None: nobody is there (recovered from the journal)."""
@@ -261,7 +261,7 @@ class Egress:
             reader.session.send(message_of(result, with_text=reader.detached, detached=reader.detached))
         self._forget(answer)
 
-    # --- readers that come and go ----------------------------------------------------------------------------------
+    # --- readers that come and go ------------------------------------------------------------------------------------
 
     def follow(self, session: Session, request_id: str, attempt: int, index: int) -> bool:
         """`session` reads an open request of its tenant, from token `index` of `attempt` on. False: there is none.
@@ -273,13 +273,12 @@ class Egress:
             return False
         reader = self._attach(answer, session)
         account = self._accounts[session]
-        if index and attempt == answer.attempt:
-            at = bisect_left(answer.starts, index)
-            inside = at == len(answer.starts) and index < len(answer.token_ids)
-            inside = inside or (at < len(answer.starts) and answer.starts[at] != index)
-            reader.next_piece = at - inside
-        elif index:
+        num_tokens = len(answer.token_ids)
+        if (attempt and attempt != answer.attempt) or index > num_tokens:
             session.send(Restarted(request_id=request_id, attempt=answer.attempt, reason="resumed"))
+        elif index:
+            # The last piece that begins at or before the index; past all of them when nothing is left.
+            reader.next_piece = bisect_right(answer.starts, index) - 1 if index < num_tokens else len(answer.starts)
         if answer.started is not None:
             session.send(answer.started)
         if answer.request.stream:
@@ -324,7 +323,7 @@ class Egress:
         """Requests that have begun and not been delivered."""
         return len(self._answers)
 
-    # --- inside ----------------------------------------------------------------------------------------------------
+    # --- inside ------------------------------------------------------------------------------------------------------
 
     def _attach(self, answer: _Answer, session: Session) -> _Reader:
         request_id = answer.request.request_id
