@@ -1,0 +1,306 @@
+"""Invariants of the daemon, held against its scheduler from outside: cheap ones at each event, the rest each second.
+
+The checks keep books of their own, made from events and commands only, and compare them with the scheduler's. They
+report; they never stop the world, so that one broken rule does not hide another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from heapq import heappop, heappush
+
+from msd.config import Config
+from msd.core import commands as c
+from msd.core import events as e
+from msd.core.commands import Command
+from msd.core.entry import Phase
+from msd.core.events import Event
+from msd.core.scheduler import Scheduler
+from msd.domain import Request
+from msd.sim.report import Check
+
+SHOWN = 5
+STORY_EVENTS = 50
+DEADLINE_GRACE_US = 250_000
+"""Deadlines are looked at on ticks, a thousand at a time."""
+SURVEY_PERIOD_US = 1_000_000
+
+_SUBMITTED, _APPENDING, _WAITING, _RUNNING, _COMPLETING = range(5)
+_NOBODY = Request(
+    request_id="",
+    client_request_id="",
+    tenant="",
+    content_hash=b"",
+    received_us=0,
+    num_prompt_tokens=0,
+    max_tokens=0,
+)
+
+
+class _Known:
+    """One request as events and commands tell it."""
+
+    __slots__ = ("attempt", "engine", "request", "state")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.state = _SUBMITTED
+        self.attempt = 0
+        self.engine = ""
+
+
+class Checks:
+    """All invariants of one world."""
+
+    NAMES = (
+        "conservation",
+        "one_terminal_state",
+        "order_of_states",
+        "masks",
+        "bounds",
+        "deadlines",
+        "energy_closes",
+        "energy_settled",
+        "no_idle_with_backlog",
+        "answers",
+        "liveness",
+        "time",
+        "no_crash",
+    )
+
+    def __init__(self, config: Config, scheduler: Scheduler) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._modes = {book.mode.name: (i, book) for i, book in enumerate(scheduler.fleet.books)}
+        self._slots = {engine.name: engine.max_num_seqs for engine in config.engine}
+        self._looked: Counter[str] = Counter()
+        self._broken: Counter[str] = Counter()
+        self._shown: dict[str, list[str]] = {name: [] for name in self.NAMES}
+        self._known: dict[str, _Known] = {}
+        """Those that have not ended; the ended are only remembered by name."""
+        self._ended: set[str] = set()
+        self._up: set[str] = set()
+        self._running: Counter[str] = Counter()
+        self._deadlines: list[tuple[int, str]] = []
+        self._now_us = 0
+        self._surveyed_us = 0
+        self._counter: dict[str, tuple[int, int, int]] = {}
+        """(epoch, mJ, sum of its rises) per energy counter."""
+        self._settled_mj = 0
+        self._settled: set[str] = set()
+        self._num_given_up = 0
+        self._num_hanging = 0
+        """Submits that neither have an entry nor an answer: repeats of a request that is not stored yet."""
+        self.story: deque[Event] = deque(maxlen=STORY_EVENTS)
+        self.told: tuple[Event, ...] = ()
+        """The events up to the first violation."""
+
+    def expect(self, name: str, holds: bool, message: str, *told: object) -> None:
+        """Count one look at an invariant; `message` is formatted only when it does not hold."""
+        self._looked[name] += 1
+        if holds:
+            return
+        if not self.told:
+            self.told = tuple(self.story)
+        self._broken[name] += 1
+        if len(self._shown[name]) < SHOWN:
+            self._shown[name].append(f"at {self._now_us} us: {message.format(*told)}")
+
+    def results(self) -> tuple[Check, ...]:
+        """One entry per invariant."""
+        return tuple(
+            Check(
+                name=name,
+                num_checked=self._looked[name],
+                num_violations=self._broken[name],
+                violations=tuple(self._shown[name]),
+            )
+            for name in self.NAMES
+        )
+
+    # --- after each event --------------------------------------------------------------------------------------------
+
+    def after(self, event: Event, commands: list[Command]) -> None:
+        """Look at one step of the scheduler."""
+        self.story.append(event)
+        self._take_event(event)
+        for command in commands:
+            self._take_command(command)
+        if type(event) is e.Tick:
+            self._look_at_deadlines(event.t_us)
+            if event.t_us - self._surveyed_us >= SURVEY_PERIOD_US:
+                self._surveyed_us = event.t_us
+                self.survey()
+        counts, scheduler = self._scheduler.counts, self._scheduler
+        ended = counts.delivered + counts.rejected + counts.aborted + counts.failed + counts.duplicates
+        self.expect(
+            "conservation",
+            counts.submitted == ended + scheduler.num_pending + self._num_hanging,
+            "{} submitted, {} ended, {} pending",
+            counts.submitted,
+            ended,
+            scheduler.num_pending,
+        )
+
+    def _take_event(self, event: Event) -> None:
+        match event:
+            case e.CounterRead():
+                self._read_counter(event)
+                return
+            case e.Submitted():
+                request = event.request
+                self._known[request.request_id] = _Known(request)
+                self._num_hanging += 1
+            case e.Finished() | e.Failed():
+                known = self._known.get(event.request_id)
+                if known is not None and known.state == _RUNNING and known.attempt == event.attempt:
+                    known.state = _WAITING
+                    self._running[known.engine] -= 1
+            case e.Appended():
+                self._known[event.request_id].state = _WAITING
+            case e.EngineUp():
+                self._up.add(event.info.engine)
+            case e.EngineLost():
+                self._up.discard(event.engine)
+        self.expect("time", event.t_us >= self._now_us, "time went back to {}", event.t_us)
+        self._now_us = event.t_us
+
+    def _take_command(self, command: Command) -> None:
+        match command:
+            case c.Append():
+                self._num_hanging -= 1
+                known = self._step(command.request_id, _SUBMITTED, _APPENDING, "Append")
+                if known.request.deadline_us is not None:
+                    heappush(self._deadlines, (known.request.deadline_us + DEADLINE_GRACE_US, command.request_id))
+            case c.Reject() | c.AckDuplicate():
+                known = self._find(command.request_id, "refused")
+                if known.state == _SUBMITTED:
+                    self._num_hanging -= 1
+                is_early = known.state in (_SUBMITTED, _APPENDING)
+                self.expect("order_of_states", is_early, "{} refused in state {}", command.request_id, known.state)
+                self._end(command.request_id)
+            case c.Dispatch():
+                self._look_at_dispatch(command)
+            case c.Complete():
+                request_id = command.outcome.request_id
+                known = self._find(request_id, "completed")
+                once = known.state < _COMPLETING
+                self.expect("one_terminal_state", once, "{} got a second terminal state", request_id)
+                known.state = _COMPLETING
+            case c.Deliver():
+                self._step(command.request_id, _COMPLETING, _COMPLETING, "Deliver")
+                self._end(command.request_id)
+            case c.Settle():
+                energy = command.energy
+                whole = energy.energy_mj == energy.dynamic_mj + energy.static_mj and energy.energy_mj >= 0
+                self.expect("energy_settled", whole, "{}: {}", command.request_id, energy)
+                once = command.request_id not in self._settled
+                self.expect("energy_settled", once, "{} settled twice", command.request_id)
+                self._settled.add(command.request_id)
+                if energy.settled:
+                    self._settled_mj += energy.energy_mj
+                else:
+                    self._num_given_up += 1
+
+    def _find(self, request_id: str, what: str) -> _Known:
+        """The open request; one that has ended already may not be heard of again."""
+        known = self._known.get(request_id)
+        if known is not None:
+            return known
+        ended = request_id in self._ended
+        self.expect("one_terminal_state", False, "{} {} after its end" if ended else "{} {} unknown", request_id, what)
+        return _Known(_NOBODY)
+
+    def _step(self, request_id: str, was: int, becomes: int, what: str) -> _Known:
+        known = self._find(request_id, what)
+        self.expect("order_of_states", known.state == was, "{} of {} in state {}", what, request_id, known.state)
+        known.state = becomes
+        return known
+
+    def _end(self, request_id: str) -> None:
+        self._known.pop(request_id, None)
+        self._ended.add(request_id)
+
+    def _look_at_dispatch(self, command: c.Dispatch) -> None:
+        request_id, decision = command.request_id, command.decision
+        known = self._find(request_id, "dispatched")
+        request, engine = known.request, decision.engine
+        may_run = known.state == _WAITING and command.attempt == known.attempt + 1
+        self.expect("order_of_states", may_run, "{} dispatched in state {}", request_id, known.state)
+        arm, book = self._modes[decision.mode]
+        mode = book.mode
+        mask = decision.candidates[arm].mask
+        self.expect("masks", mask == 0, "{} went to {}, masked {}", request_id, decision.mode, mask)
+        fits = (
+            engine in self._up
+            and (request.model is None or mode.model == request.model)
+            and (not request.mode_strict or request.mode_hint == mode.name)
+            and (not request.quality_floor or (mode.quality or 0.0) >= request.quality_floor)
+            and request.num_prompt_tokens + request.max_tokens <= (book.max_model_len or 0)
+        )
+        self.expect("masks", fits, "{} must not run on {} (up: {})", request_id, decision.mode, self._up)
+        self._running[engine] += 1
+        within = self._running[engine] <= self._slots[engine] and command.attempt <= self._config.limits.max_attempts
+        self.expect("bounds", within, "{} is one too many on {}", request_id, engine)
+        known.state, known.attempt, known.engine = _RUNNING, command.attempt, engine
+
+    def _look_at_deadlines(self, t_us: int) -> None:
+        while self._deadlines and self._deadlines[0][0] <= t_us:
+            _, request_id = heappop(self._deadlines)
+            known = self._known.get(request_id)
+            waits = known is not None and known.state == _WAITING
+            self.expect("deadlines", not waits, "{} still waits past its deadline", request_id)
+
+    def _read_counter(self, event: e.CounterRead) -> None:
+        reading = event.reading
+        epoch, energy_mj, risen_mj = self._counter.get(reading.domain, (reading.epoch, reading.energy_mj, 0))
+        if reading.epoch == epoch and reading.energy_mj > energy_mj:
+            risen_mj += reading.energy_mj - energy_mj
+        self._counter[reading.domain] = (reading.epoch, reading.energy_mj, risen_mj)
+
+    # --- each second, and at the end ---------------------------------------------------------------------------------
+
+    def survey(self) -> None:
+        """Compare all books."""
+        scheduler, limits = self._scheduler, self._config.limits
+        queue, admission, fleet = scheduler.queue, scheduler.admission, scheduler.fleet
+        entries = scheduler.entries()
+        phases = Counter(entry.phase for entry in entries)
+        states = Counter(known.state for known in self._known.values())
+        agree = (
+            phases[Phase.WAITING] == states[_WAITING]
+            and phases[Phase.RUNNING] == states[_RUNNING] == fleet.num_running
+            and phases[Phase.COMPLETING] == states[_COMPLETING]
+            and queue.num_waiting == phases[Phase.WAITING]
+        )
+        self.expect("conservation", agree, "the books differ: {} and {}", phases, states)
+        places = phases[Phase.WAITING] + phases[Phase.APPENDING]
+        self.expect("bounds", admission.num_reserved == places, "{} places for {}", admission.num_reserved, places)
+        # What lost its engine comes back to the queue, whether it is full or not: slots and bounds add up.
+        room = sum(self._slots.values())
+        self.expect("bounds", places <= limits.max_waiting + room, "{} requests wait", places)
+        idle = fleet.num_running == 0 and any(
+            entry.phase is Phase.WAITING and entry.eligible & fleet.free for entry in entries
+        )
+        self.expect("no_idle_with_backlog", not idle, "{} wait and nothing runs", queue.num_waiting)
+        for accounts in scheduler.ledger.accounts():
+            booked_mj = accounts.requests_mj + accounts.idle_mj + accounts.running_mj + accounts.open_mj
+            booked_mj += sum(accounts.wasted_mj.values()) + sum(accounts.unattributed_mj.values())
+            closes = accounts.residue_mj == 0 and booked_mj == accounts.counter_mj + accounts.estimated_mj
+            self.expect("energy_closes", closes, "{}", accounts)
+            risen_mj = self._counter[accounts.domain][2]
+            self.expect("energy_closes", accounts.counter_mj == risen_mj, "counter rose {}: {}", risen_mj, accounts)
+
+    def at_end(self) -> None:
+        """The world is over: everything has ended, and its energy is where it belongs."""
+        self.survey()
+        pending = self._scheduler.num_pending
+        self.expect("liveness", pending == 0, "{} requests never ended", pending)
+        for accounts in self._scheduler.ledger.accounts():
+            self.expect("energy_settled", accounts.running_mj == 0, "{} mJ never settled", accounts.running_mj)
+            if not self._num_given_up:
+                due_mj = (
+                    accounts.requests_mj + accounts.wasted_mj.get("aborted", 0) + accounts.wasted_mj.get("failed", 0)
+                )
+                told = self._settled_mj
+                self.expect("energy_settled", told == due_mj, "answers hold {} mJ, the books {}", told, due_mj)

@@ -1,0 +1,124 @@
+"""What a seed makes of the world: load, limits and faults. Drawn per seed, some faults absent.
+
+Uniform fault rates hide states that only appear when one kind of fault is missing (swarm testing, Groce et al. 2012).
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from msgspec import Struct, convert
+
+from msd.config import Config
+
+MODEL = "sim-model"
+TENANTS = ("alpha", "beta", "gamma", "delta")
+_FAULT_SHARE = 0.5
+
+
+class Weather(Struct, frozen=True, kw_only=True):
+    """The parameters of one world. Shares are probabilities per request; times in virtual seconds."""
+
+    rate_per_s: float
+    burst_factor: float = 1.0
+    """Arrivals per second in a burst over those in between."""
+    phase_s: float = 10.0
+    """Mean length of bursts and of the calm between them."""
+    mean_prompt_tokens: int = 200
+    mean_output_tokens: int = 64
+    exact_output: bool = False
+    """Every answer has exactly `mean_output_tokens` tokens: for benchmarks."""
+    num_tenants: int = 4
+    sessions_per_tenant: int = 2
+    deadline_share: float = 0.0
+    cancel_share: float = 0.0
+    repeat_share: float = 0.0
+    conflict_share: float = 0.0
+    odd_share: float = 0.0
+    """Requests that cannot be served: unknown model, unreachable quality, too long."""
+    slow_share: float = 0.0
+    """Sessions that give credit for Deltas slowly."""
+    vanish_per_s: float = 0.0
+    num_engine_deaths: int = 0
+    num_counter_resets: int = 0
+    num_counter_stalls: int = 0
+    num_view_outages: int = 0
+    journal_latency_ms: float = 0.0
+    journal_failure_share: float = 0.0
+    drain_early: bool = False
+    """SIGTERM while requests wait and run, instead of after the last answer."""
+    drain_s: float = 2.0
+    emit_interval_ms: float = 50.0
+    tick_s: float = 0.02
+    max_waiting: int = 20_000
+    policy: str = "rules"
+
+
+def draw(rng: Random, num_requests: int) -> Weather:
+    """The weather of a seed: `num_requests` over some 120 to 300 virtual seconds, in bursts, with faults."""
+
+    def maybe(most: float) -> float:
+        return rng.uniform(0.0, most) if rng.random() < _FAULT_SHARE else 0.0
+
+    def some(most: int) -> int:
+        return rng.randint(1, most) if rng.random() < _FAULT_SHARE else 0
+
+    return Weather(
+        rate_per_s=num_requests / rng.uniform(120.0, 300.0),
+        burst_factor=rng.choice((1.0, 3.0, 10.0)),
+        phase_s=rng.uniform(3.0, 20.0),
+        mean_prompt_tokens=rng.randint(20, 800),
+        mean_output_tokens=rng.randint(8, 200),
+        num_tenants=rng.randint(1, len(TENANTS)),
+        sessions_per_tenant=rng.randint(1, 4),
+        deadline_share=maybe(0.6),
+        cancel_share=maybe(0.2),
+        repeat_share=maybe(0.1),
+        conflict_share=maybe(0.05),
+        odd_share=maybe(0.05),
+        slow_share=maybe(0.5),
+        vanish_per_s=maybe(0.1),
+        num_engine_deaths=some(6),
+        num_counter_resets=some(2),
+        num_counter_stalls=some(3),
+        num_view_outages=some(3),
+        journal_latency_ms=maybe(20.0),
+        journal_failure_share=maybe(0.02),
+        drain_early=rng.random() < _FAULT_SHARE / 2,
+        drain_s=rng.uniform(0.2, 5.0),
+        emit_interval_ms=rng.uniform(20.0, 120.0),
+        tick_s=rng.uniform(0.02, 0.05),
+        max_waiting=rng.choice((20, 100, 20_000)),
+        policy=rng.choice(("rules", "rules", "round_robin", "fixed")),
+    )
+
+
+def default_config(weather: Weather, seed: int) -> Config:
+    """Three unlike simulated engines on one simulated GPU: plain, quantised, speculating."""
+    engines = [
+        _engine("full", "bf16", "none", 0.95, step_ms=6.0, decode_ms_per_request=0.06, decode_mj_per_token=95.0),
+        _engine("int8", "int8", "none", 0.90, step_ms=3.5, decode_ms_per_request=0.05, decode_mj_per_token=80.0),
+        _engine("spec", "bf16", "ngram", 0.95, step_ms=7.0, decode_ms_per_request=0.10, tokens_per_step=1.7),
+    ]
+    document = {
+        "daemon": {"seed": seed},
+        "model": [{"name": MODEL}],
+        "engine": engines,
+        "tenant": [{"name": name, "weight": 1 + i % 3} for i, name in enumerate(TENANTS)],
+        "limits": {"max_waiting": weather.max_waiting},
+        "policy": {"name": weather.policy, "mode": "int8" if weather.policy == "fixed" else ""},
+    }
+    return convert(document, Config)
+
+
+def _engine(name: str, precision: str, speculation: str, quality: float, **sim: float) -> dict[str, object]:
+    return {
+        "name": name,
+        "model": MODEL,
+        "kind": "sim",
+        "precision": precision,
+        "speculation": speculation,
+        "quality": quality,
+        "max_num_seqs": 32,
+        "sim": {"prefill_ms_per_token": 0.01, "kv_capacity_tokens": 60_000, "output_tokens": 0, **sim},
+    }
