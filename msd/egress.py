@@ -189,10 +189,10 @@ class Egress:
         answer.starts.append(len(answer.token_ids))
         answer.sizes.append(size)
         answer.token_ids.extend(chunk.token_ids)
-        if is_first:
-            self._num_streaming += 1
         if not answer.request.stream:
             return is_first
+        if is_first:
+            self._num_streaming += 1
         for reader in answer.readers:
             if reader.detached or reader.session.closed:
                 continue
