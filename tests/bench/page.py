@@ -1,0 +1,83 @@
+"""Results for people: a table on the terminal, and docs/reference/performance.md from the JSON files."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.harness import Result, Row
+
+DASH = "-"
+
+
+def show(result: Result, console: Console) -> None:
+    """Print one target's rows."""
+    meta = result.meta
+    title = f"{meta.target}  ({meta.host}, {meta.cores} cores, Python {meta.python}, {meta.commit})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in (("what", "left"), ("median", "right"), ("bar", "right"), ("", "left"), ("repeats", "left")):
+        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in result.rows:
+        repeats = ", ".join(f"{repeat:g}" for repeat in row.repeats)
+        peer = f"\n{_peer(row)}" if row.peer is not None else ""
+        style = {True: "green", False: "red", None: "dim"}[row.holds]
+        table.add_row(row.name + peer, _value(row), _bar(row), f"[{style}]{_verdict(row)}[/]", row.skipped or repeats)
+    console.print(table)
+
+
+def render(results: list[Result]) -> str:
+    """Return the page."""
+    lines = [
+        "# Performance",
+        "",
+        "`make bench` measures these figures into `build/bench/*.json`, and `make docs` writes this page from there.",
+        "Each is the median of its repeats, with their interquartile range beside it; a missed bar stands as a miss.",
+        "Absolute figures belong to the machine that is named; ratios travel better.",
+        "",
+    ]
+    for result in results:
+        meta = result.meta
+        lines += [
+            f"## {meta.target}",
+            "",
+            f"{meta.host}, {meta.cores} cores, Python {meta.python}, commit {meta.commit}, {meta.date}, load average "
+            f"{meta.load_average:.1f}.",
+            "",
+            "```sh",
+            *sorted({row.command for row in result.rows}),
+            "```",
+            "",
+            "| what | median | spread | bar | |",
+            "|---|---|---|---|---|",
+            *(_line(row) for row in result.rows),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    name = row.name + (f" ({_peer(row)})" if row.peer is not None else "")
+    spread = DASH if row.iqr is None else f"{row.iqr:g}"
+    verdict = row.skipped if row.skipped is not None else _verdict(row)
+    return f"| {name} | {_value(row)} | {spread} | {_bar(row)} | {verdict} |"
+
+
+def _peer(row: Row) -> str:
+    assert row.peer is not None
+    value = "" if row.peer.value is None else f": {row.peer.value:g}"
+    return f"{row.peer.name} {row.peer.version}{value}"
+
+
+def _value(row: Row) -> str:
+    return DASH if row.value is None else f"{row.value:g} {row.unit}"
+
+
+def _bar(row: Row) -> str:
+    return DASH if row.bar is None else f"{row.op} {row.bar:g}"
+
+
+def _verdict(row: Row) -> str:
+    if row.skipped is not None:
+        return "skipped"
+    return {True: "holds", False: "MISS", None: ""}[row.holds]
