@@ -32,7 +32,6 @@ from msd.engine import tokens
 from msd.engine.noop import NoopEngine
 from msd.engine.pool import Pool
 from msd.engine.sim import SimEngine
-from msd.engine.vllm import VllmEngine, import_vllm
 from msd.errors import EXIT_OK, ConfigError, MsdError
 from msd.ingress.accept import Acceptor
 from msd.ingress.zmq import ZmqIngress
@@ -97,6 +96,8 @@ class Daemon:
             loop.add_signal_handler(number, self._on_signal)
         if any(engine.kind == "vllm" for engine in config.engine):
             _log.info("vllm_import", why="it would hold the loop later")
+            from msd.engine.vllm import import_vllm
+
             import_vllm()
         gpu = self._simulated_gpu()
         journal = MemoryJournal(config.journal)
@@ -252,6 +253,8 @@ class Daemon:
                 assert gpu is not None, "a simulated engine needs the simulated GPU"
                 return lambda: SimEngine(engine, gpu, self._clock, self._rng)
             case "vllm":
+                from msd.engine.vllm import VllmEngine
+
                 model = next(model for model in self._config.model if model.name == engine.model)
                 return lambda: VllmEngine(engine, self._base_dir / model.path, self._base_dir, run_dir(self._config))
 
