@@ -26,9 +26,14 @@ class ChildFailedError(MsdError):
 
 
 class Child:
-    """One child process in a process group of its own, so that Ctrl-C reaches it only through `stop`."""
+    """One child process in a process group of its own, so that Ctrl-C reaches it only through `stop`.
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path, environ: Mapping[str, str]) -> None:
+    `tied`: the kernel ends it with this process, even after a kill -9. Only for a process that runs no other thread.
+    """
+
+    def __init__(
+        self, name: str, arguments: Sequence[str], log: Path, environ: Mapping[str, str], tied: bool = False
+    ) -> None:
         self.name = name
         self.log = log
         with log.open("wb") as output:
@@ -39,9 +44,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=dict(environ),
                 start_new_session=True,
-                # Even after a kill -9 of this process. Safe here: no other Python thread runs, and the call allocates
-                # nothing.
-                preexec_fn=_end_with_parent(),  # noqa: PLW1509
+                preexec_fn=_end_with_parent() if tied else None,  # noqa: PLW1509 - no other thread, see above
             )
 
     def exit_code(self) -> int | None:
@@ -87,9 +90,11 @@ class Children:
     def __init__(self) -> None:
         self._children: list[Child] = []
 
-    def start(self, name: str, arguments: Sequence[str], log: Path, environ: Mapping[str, str]) -> Child:
-        """Run Python with `arguments`."""
-        child = Child(name, arguments, log, environ)
+    def start(
+        self, name: str, arguments: Sequence[str], log: Path, environ: Mapping[str, str], tied: bool = False
+    ) -> Child:
+        """Run Python with `arguments`; see `Child`."""
+        child = Child(name, arguments, log, environ, tied)
         self._children.append(child)
         return child
 

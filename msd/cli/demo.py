@@ -21,8 +21,16 @@ from msd.cli import demo_report, terminal
 from msd.cli.children import Child, Children
 from msd.cli.live import Live
 from msd.cli.options import Commands, add_json, positive
-from msd.cli.status import duration, read
-from msd.errors import EXIT_NO, EXIT_OK, EXIT_TERMINATED, ConfigError, EngineStartError, MsdError
+from msd.cli.status import read
+from msd.errors import (
+    EXIT_NO,
+    EXIT_OK,
+    EXIT_TERMINATED,
+    ConfigError,
+    DaemonUnreachableError,
+    EngineStartError,
+    MsdError,
+)
 from msd.wire import DaemonStatus, EngineReport
 
 if TYPE_CHECKING:
@@ -88,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             load = children.start("load generator", arguments, folder / "loadgen.log", environ)
             _await_load(live, daemon, load, client, options.duration_s, ready)
             time.sleep(SETTLE_S)
-            status = read(client.status())
+            status = _ask(daemon, client)
         live.say("4. stopping the daemon")
         daemon.stop(config.daemon.drain_s + 5)
     result = demo_report.Result(
@@ -108,12 +116,18 @@ def _configuration(options: argparse.Namespace) -> tuple[Path, settings.Config]:
         return file, settings.load(file)
     testbed = importlib.util.find_spec("testbed")
     file = Path(testbed.origin or "").parent / ("demo-sim.toml" if options.sim else "demo.toml") if testbed else Path()
+    file = _short(file)
     if not file.is_file():
         raise ConfigError("the demo needs the repository's testbed", remedy="run it in a checkout, or name a --config")
     try:
         return file, settings.load(file)
     except ConfigError as error:
         raise ConfigError(str(error), remedy="`make testbed` makes the models of the demo") from error
+
+
+def _short(file: Path) -> Path:
+    """The path as a person would type it here."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
 
 
 def _sigterm_ends_the_demo() -> None:
@@ -139,6 +153,17 @@ def _await_socket(live: Live, daemon: Child, socket: Path, config: settings.Conf
         time.sleep(0.1)
 
 
+def _ask(daemon: Child, client: Client) -> DaemonStatus:
+    """The daemon's status; when it does not answer because it has ended, say that."""
+    from msd.client import AnswerTimeoutError
+
+    try:
+        return read(client.status())
+    except (DaemonUnreachableError, AnswerTimeoutError):
+        daemon.check()
+        raise
+
+
 class _Starts:
     """When each engine was first seen starting: the daemon itself counts from its own start."""
 
@@ -148,7 +173,7 @@ class _Starts:
     def line(self, engine: EngineReport) -> str:
         """What the engine is doing, for a person."""
         if engine.state == "up":
-            return f"warm, started in {duration(engine.start_s or 0.0)}"
+            return f"{terminal.paint('warm', 'green')}, started in {engine.start_s or 0.0:.1f} s"
         if engine.num_starts == 0:
             return "waits for its turn"
         began = self._seen.setdefault(engine.engine, time.monotonic())
@@ -165,7 +190,7 @@ def _await_engines(live: Live, daemon: Child, client: Client) -> DaemonStatus:
     deadline = time.monotonic() + ENGINES_S
     while True:
         daemon.check()
-        status = read(client.status())
+        status = _ask(daemon, client)
         width = max(len(engine.engine) for engine in status.engines)
         lines = [f"   {engine.engine:{width}}  {starts.line(engine)}" for engine in status.engines]
         step = " ".join(f"{engine.state}{engine.num_starts}" for engine in status.engines)
@@ -194,14 +219,15 @@ def _await_load(
             raise MsdError(f"loadgen did not end {LOADGEN_GRACE_S:g} s after its time", remedy=f"see {load.log}")
         daemon.check()
         time.sleep(LOOK_S)
-        status = read(client.status())
+        status = _ask(daemon, client)
         now = time.monotonic()
         counts = status.requests
         rate = (counts.get("submitted", 0) - submitted) / (now - then)
         then, submitted = now, counts.get("submitted", 0)
         not_done = sum(counts.get(name, 0) for name in ("rejected", "aborted", "failed"))
+        in_flight = status.num_waiting + status.num_running
         line = (
-            f"   {now - began:3.0f} s  {rate:5.1f} requests/s  in flight {status.num_waiting + status.num_running:3}  "
+            f"   {now - began:3.0f} of {duration_s:g} s  {rate:5.1f} requests/s  in flight {in_flight:3}  "
             f"answered {counts.get('delivered', 0):4}  not answered {not_done}"
         )
         modes = ", ".join(f"{mode.mode} {mode.num_decisions}" for mode in status.modes)

@@ -59,6 +59,8 @@ def render(result: Result) -> list[str]:
 def _figures(result: Result) -> list[str]:
     report, simulated = result.report, result.status.simulated
     span_s = report.throughput.span_s
+    # As the daemon lists them, so that this table and the next one read alike.
+    order = {mode.mode: index for index, mode in enumerate(result.status.modes)}
     rows = [
         _row(
             use.mode,
@@ -70,7 +72,7 @@ def _figures(result: Result) -> list[str]:
             span_s,
             use.energy,
         )
-        for use in report.modes
+        for use in sorted(report.modes, key=lambda use: order.get(use.mode, len(order)))
     ]
     total = report.total
     if len(rows) > 1:
@@ -142,6 +144,11 @@ def _footnotes(result: Result) -> list[str]:
     if report.total.accuracy is not None and not status.simulated:
         lines.append(
             f"right: answers to exact-answer tasks that were exactly right; {report.total.num_graded:,} were graded"
+        )
+    if report.num_energy_unsettled:
+        lines.append(
+            f"energy by mode is what the answers said; {report.num_energy_unsettled:,} left before theirs was settled. "
+            "Settled:"
         )
     if status.energy:
         for ledger in status.energy:

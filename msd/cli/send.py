@@ -12,11 +12,12 @@ import msgspec
 from msd.cli import terminal
 from msd.cli.options import Commands, add_endpoint, add_json, count, positive
 from msd.cli.terminal import number, paint
-from msd.errors import EXIT_INTERRUPTED, EXIT_NO, EXIT_OK
-from msd.wire import Done, EnergyFields, SamplingFields, SloFields
+from msd.errors import EXIT_NO, EXIT_OK
+from msd.wire import Done, EnergyFields, ModeHint, SamplingFields, SloFields
 
 if TYPE_CHECKING:
     from msd.client import Handle
+    from msd.client.submits import SubmitFields
 
 
 def add_to(commands: Commands) -> None:
@@ -51,57 +52,72 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the answer; exit 1 when the daemon refused the request."""
-    from msd.client import Client, RequestError
+    from msd.client import AnswerTimeoutError, Client, RequestError
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    stream = not options.no_stream and not options.json
     try:
         with Client(options.endpoint) as client:
-            handle = client.submit(
-                prompt,
-                max_tokens=options.max_tokens,
-                stream=stream,
-                service_class=options.service_class,
-                sampling=SamplingFields(temperature=options.temperature, seed=options.seed),
-                slo=SloFields(deadline_ms=options.deadline_ms),
-                **optional(options),
-            )
-            return answer(handle, options, stream)
-    except RequestError as error:
+            return answer(client.submit(prompt, max_tokens=options.max_tokens, **fields_of(options)), options)
+    except (RequestError, AnswerTimeoutError) as error:
         if options.json:
-            print(json.dumps({"ok": False, "code": error.code, "message": error.message}, ensure_ascii=False))
+            code = error.code if isinstance(error, RequestError) else "timeout"
+            print(json.dumps({"ok": False, "code": code, "message": str(error)}, ensure_ascii=False))
         else:
             terminal.complain(str(error))
         return EXIT_NO
 
 
-def optional(options: argparse.Namespace) -> dict[str, object]:
-    """Fields that are sent only when they were given."""
-    fields = {"model": options.model, "task": options.task, "quality_floor": options.quality_floor}
-    given: dict[str, object] = {name: value for name, value in fields.items() if value is not None}
+def fields_of(options: argparse.Namespace) -> SubmitFields:
+    """The submit's fields; what was not given is not sent."""
+    fields: SubmitFields = {
+        "stream": not options.no_stream and not options.json,
+        "service_class": options.service_class,
+        "sampling": SamplingFields(temperature=options.temperature, seed=options.seed),
+    }
+    if options.model is not None:
+        fields["model"] = options.model
+    if options.task is not None:
+        fields["task"] = options.task
+    if options.quality_floor is not None:
+        fields["quality_floor"] = options.quality_floor
+    if options.deadline_ms is not None:
+        fields["slo"] = SloFields(deadline_ms=options.deadline_ms)
     if options.mode is not None:
-        given["mode_hint"] = {"mode": options.mode, "strict": True}
-    return given
+        fields["mode_hint"] = ModeHint(mode=options.mode, strict=True)
+    return fields
 
 
-def answer(handle: Handle, options: argparse.Namespace, stream: bool) -> int:
-    """Print what comes; cancel the request on Ctrl-C."""
+def answer(handle: Handle, options: argparse.Namespace) -> int:
+    """Print what comes; cancel the request on Ctrl-C, or when it takes too long."""
+    from msd.client import AnswerTimeoutError
+
+    streams = not options.no_stream and not options.json
     try:
-        if stream:
-            for delta in handle:
-                print(delta.text, end="", flush=True)
-            print(flush=True)
+        if streams:
+            show_stream(handle, options.timeout_s)
         done = handle.result(options.timeout_s)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, AnswerTimeoutError):
         handle.cancel()
-        return EXIT_INTERRUPTED
+        raise
     if options.json:
         print(json.dumps({"ok": True, **msgspec.to_builtins(done)}, ensure_ascii=False))
-    else:
-        if not stream:
-            print(done.text)
-        print(paint(story(done), "dim", stream=sys.stderr), file=sys.stderr)
+        return EXIT_OK
+    if not streams:
+        print(done.text)
+    print(paint(story(done), "dim", stream=sys.stderr), file=sys.stderr)
     return EXIT_OK
+
+
+def show_stream(handle: Handle, timeout_s: float) -> None:
+    """Print the Deltas as they come."""
+    num_tokens = 0
+    for delta in handle.deltas(timeout_s):
+        if delta.index == 0 and num_tokens:
+            print(flush=True)
+            print(paint("the engine was lost; from the beginning:", "yellow", stream=sys.stderr), file=sys.stderr)
+        num_tokens += len(delta.token_ids)
+        print(delta.text, end="", flush=True)
+    print(flush=True)
 
 
 def story(done: Done) -> str:

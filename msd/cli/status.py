@@ -37,20 +37,30 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the status, once or until Ctrl-C."""
     # Late: `msd check` and `msd version` need no socket.
-    from msd.client import Client
+    from msd.client import AnswerTimeoutError, Client
 
     with Client(options.endpoint, timeout_s=options.timeout_s) as client:
         while True:
-            data = client.status()
-            if options.json:
-                print(json.dumps(data, ensure_ascii=False), flush=True)
-            else:
-                if options.watch and terminal.colours(sys.stdout):
-                    print("\x1b[H\x1b[2J", end="")
-                print("\n".join(render(read(data))), flush=True)
+            try:
+                data = client.status()
+            except AnswerTimeoutError as error:
+                raise DaemonUnreachableError(error.message, remedy=error.remedy) from error
+            show(data, options)
             if not options.watch:
                 return EXIT_OK
             time.sleep(options.interval_s)
+
+
+def show(data: dict[str, object], options: argparse.Namespace) -> None:
+    """Print one status."""
+    if options.json:
+        print(json.dumps(data, ensure_ascii=False), flush=True)
+        return
+    lines = render(read(data))
+    if options.watch:
+        # Over the last one where that can be, else below it.
+        lines.insert(0, "\x1b[H\x1b[2J" if terminal.redraws(sys.stdout) else "")
+    print("\n".join(lines), flush=True)
 
 
 def read(data: dict[str, object]) -> DaemonStatus:
@@ -123,7 +133,7 @@ def _requests(status: DaemonStatus) -> list[str]:
     lines = [f"requests: {counts.get('submitted', 0):,} submitted = {' + '.join(ends)}"] if counts else []
     lines.append(
         f"now: {status.num_waiting:,} waiting ({status.num_waiting_tokens:,} tokens), {status.num_running:,} running, "
-        f"{status.num_sessions:,} clients"
+        f"{status.num_sessions:,} sessions"
     )
     if status.errors:
         lines.append("errors: " + ", ".join(f"{code} {count:,}" for code, count in status.errors.items()))

@@ -361,7 +361,7 @@ def test_a_child_outlives_not_even_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom msd.cli.children import Children\n"
         f"child = Children().start('c', ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'],"
-        f" Path({str(tmp_path / 'log')!r}), os.environ)\n"
+        f" Path({str(tmp_path / 'log')!r}), os.environ, tied=True)\n"
         "while not child.last_lines(): time.sleep(0.02)\n"
         "print(child.last_lines()[0], flush=True)\ntime.sleep(60)"
     )
