@@ -261,6 +261,8 @@ class Scheduler:
         entry = self._admit(request, static)
         if not static[1]:
             self._end(entry, event.t_us, "mode_unavailable", "no configured mode can serve this recovered request")
+        elif self._drain_until_us is not None:
+            self._end(entry, event.t_us, "draining", _DRAINING)
         else:
             self._enqueue(entry, event.t_us)
             self._fill(event.t_us)
