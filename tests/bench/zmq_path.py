@@ -113,6 +113,7 @@ def measure(options: Options) -> list[Row]:
             "us",
             paced.token_us,
             target=TARGET,
+            bar=BAR_TOKEN_US,
         ),
         row("the same: tokens", "tokens/s", paced.tokens_per_s, target=TARGET, op=">="),
         row("the same: tokens per Delta", "tokens", paced.tokens_per_delta, target=TARGET, op=">="),
