@@ -284,6 +284,9 @@ class ClientState:
             stream.phase = Phase.ACKED
             stream.epoch = self.epoch
             stream.durable = ack.durable
+            if stream.cancelled:
+                # The first may have come before the daemon knew the request.
+                self._send(wire.Cancel(request_id=ack.request_id))
             if stream.request_id != ack.request_id:
                 if stream.request_id is not None:
                     self._by_request.pop(stream.request_id, None)
@@ -350,6 +353,9 @@ class ClientState:
         if error.code == "not_found" and stream.phase is Phase.ACKED and stream.epoch != self.epoch:
             # Another daemon, which does not know it: its journal was memory. Executing twice is allowed, losing is not.
             self._submit_anew(stream)
+            return
+        if error.code == "not_found" and stream.phase is not Phase.ACKED:
+            # That was the answer to a Cancel which came before the request was known.
             return
         failure = RequestError.of(error)
         if not error.retryable or stream.cancelled or not self._retry_later(stream, error, now_s):
