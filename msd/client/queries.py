@@ -58,7 +58,7 @@ class Query:
 def _names(asked: wire.Status | wire.Cancel, reply: wire.State | wire.Done | wire.Error) -> bool:
     if asked.request_id is not None:
         return reply.request_id == asked.request_id
-    return reply.client_request_id == asked.client_request_id
+    return asked.client_request_id is not None and reply.client_request_id == asked.client_request_id
 
 
 def reply_of(query: Query) -> Reply:

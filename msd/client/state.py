@@ -390,6 +390,7 @@ class ClientState:
     def _on_results(self, results: wire.Results, now_s: float) -> None:
         if self._own_fetch is None:
             self._answer(results)
+            self._pump(now_s)
             return
         self._own_fetch = None
         fetched, self._fetching = self._fetching, {}
