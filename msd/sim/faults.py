@@ -94,6 +94,8 @@ class FaultyProbe:
             del self._resets_us[0]
             self._base_mj, self._epoch = reading.energy_mj, self._epoch + 1
             self._stalled_mj = None
+        if not self._epoch and not self._stalls:
+            return reading
         energy_mj = reading.energy_mj - self._base_mj
         if any(start <= reading.t_us < end for start, end in self._stalls):
             energy_mj = self._stalled_mj = energy_mj if self._stalled_mj is None else self._stalled_mj

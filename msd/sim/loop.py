@@ -12,8 +12,8 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextvars import Context
-from heapq import heapify, heappop
+from contextvars import Context, copy_context
+from heapq import heapify, heappop, heappush
 from random import Random
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -63,22 +63,66 @@ class SimTask(asyncio.Task[Any]):
         return self._birth
 
 
+class _Handle(asyncio.Handle):
+    """A handle made without asking for the debug mode: there is one for every step."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], loop: SimLoop, context: Context | None
+    ) -> None:
+        self._context = context if context is not None else copy_context()
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+
+class _TimerHandle(asyncio.TimerHandle):
+    """The same for a timer."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: SimLoop,
+        context: Context | None,
+    ) -> None:
+        self._context = context if context is not None else copy_context()
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+        self._when = when
+        self._scheduled = True
+
+
 class SimLoop(asyncio.BaseEventLoop):
     """Runs callbacks one by one in this thread. `rng` decides which of those that are ready comes next."""
 
     _ready: deque[Any]
-    _scheduled: list[Any]
     _stopping: bool
-    _timer_cancelled_count: int
 
     def __init__(self, rng: Random, max_steps: int = MAX_STEPS) -> None:
         super().__init__()
         self._rng = rng
         self._now_s = START_S
+        self._now_us = int(START_S * 1e6)
         self._max_steps = max_steps
         self._num_births = 0
         self._thread = threading.get_ident()
         self._failure: BaseException | None = None
+        self._timers: list[tuple[float, int, Any]] = []
+        """Heap by time, then by order of being set."""
+        self._num_timers = 0
+        self._num_cancelled = 0
         self._instant_step = 0
         self.num_steps = 0
 
@@ -90,36 +134,48 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def now_us(self) -> int:
         """The Clock port."""
-        return int(self._now_s * 1e6)
+        return self._now_us
 
     def next_birth(self) -> int:
         """A number for a new task or future."""
         self._num_births += 1
         return self._num_births
 
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        """Call at this instant, in an order that the seed decides."""
+        handle = _Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call after `delay` virtual seconds."""
+        return self.call_at(self._now_s + delay, callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call at a virtual time; one in the past is now."""
+        timer = _TimerHandle(when, callback, args, self, context)
+        self._num_timers += 1
+        heappush(self._timers, (when, self._num_timers, timer))
+        return timer
+
+    def _timer_handle_cancelled(self, handle: Any) -> None:
+        if not handle._scheduled:
+            return
+        self._num_cancelled += 1
+        if self._num_cancelled > CANCELLED_TIMERS_ALLOWED and 2 * self._num_cancelled > len(self._timers):
+            self._timers = [item for item in self._timers if not item[2].cancelled()]
+            heapify(self._timers)
+            self._num_cancelled = 0
+
     def _run_once(self) -> None:
-        ready, scheduled = self._ready, self._scheduled
-        while scheduled and scheduled[0]._cancelled:
-            self._timer_cancelled_count -= 1
-            heappop(scheduled)._scheduled = False
-        if self._timer_cancelled_count > CANCELLED_TIMERS_ALLOWED and 2 * self._timer_cancelled_count > len(scheduled):
-            self._drop_cancelled()
-            scheduled = self._scheduled
-        if not ready:
-            if self._stopping:
-                return
-            if not scheduled:
-                raise StalledError("every task waits and no timer is set")
-            self._now_s = max(self._now_s, scheduled[0]._when)
-            self._instant_step = self.num_steps
-        now_s = self._now_s
-        while scheduled and scheduled[0]._when <= now_s:
-            handle = heappop(scheduled)
-            handle._scheduled = False
-            if handle._cancelled:
-                self._timer_cancelled_count -= 1
-            else:
-                ready.append(handle)
+        ready = self._ready
+        self._take_due_timers()
         random = self._rng.random
         for left in range(len(ready), 0, -1):
             if left > 1:
@@ -128,24 +184,35 @@ class SimLoop(asyncio.BaseEventLoop):
             handle = ready.popleft()
             if not handle._cancelled:
                 self.num_steps += 1
-                handle._run()
+                # Not Handle._run: it would hand an exception to call_exception_handler, and here it ends the world.
+                handle._context.run(handle._callback, *handle._args)
                 if self._failure is not None:
                     raise self._failure
         if self.num_steps > self._max_steps:
             raise LivelockError(f"more than {self._max_steps} steps")
         if self.num_steps - self._instant_step > MAX_STEPS_PER_INSTANT:
-            raise LivelockError(f"more than {MAX_STEPS_PER_INSTANT} steps at {now_s:.6f} s: time does not move")
+            raise LivelockError(f"more than {MAX_STEPS_PER_INSTANT} steps at {self._now_s:.6f} s: time does not move")
 
-    def _drop_cancelled(self) -> None:
-        kept = []
-        for handle in self._scheduled:
-            if handle._cancelled:
-                handle._scheduled = False
+    def _take_due_timers(self) -> None:
+        """Make due timers ready; if nothing is ready at all, first jump to the next timer."""
+        timers, ready = self._timers, self._ready
+        while timers:
+            when, _, timer = timers[0]
+            if timer._cancelled:
+                heappop(timers)
+                self._num_cancelled -= 1
+            elif when <= self._now_s:
+                heappop(timers)
+                timer._scheduled = False
+                ready.append(timer)
+            elif ready or self._stopping:
+                return
             else:
-                kept.append(handle)
-        heapify(kept)
-        self._scheduled = kept
-        self._timer_cancelled_count = 0
+                self._now_s = when
+                self._now_us = int(when * 1e6)
+                self._instant_step = self.num_steps
+        if not ready and not self._stopping:
+            raise StalledError("every task waits and no timer is set")
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -169,7 +236,7 @@ class SimLoop(asyncio.BaseEventLoop):
             if not self._ready:
                 break
             handle = self._ready.popleft()
-            if not handle._cancelled:
+            if not handle.cancelled():
                 handle._run()
 
     # --- what asyncio asks of a loop ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from msd.config import Config
 MODEL = "sim-model"
 TENANTS = ("alpha", "beta", "gamma", "delta")
 _FAULT_SHARE = 0.5
+_STEP_MS, _DECODE_MS, _PREFILL_MS = 6.0, 0.06, 0.01
 
 
 class Weather(Struct, frozen=True, kw_only=True):
@@ -28,6 +29,10 @@ class Weather(Struct, frozen=True, kw_only=True):
     mean_output_tokens: int = 64
     exact_output: bool = False
     """Every answer has exactly `mean_output_tokens` tokens: for benchmarks."""
+    num_slots: int = 32
+    """Of each engine."""
+    utilisation: float | None = None
+    """Engines are slowed down until the mean load takes this share of what they can do; None: their own speed."""
     num_tenants: int = 4
     sessions_per_tenant: int = 2
     deadline_share: float = 0.0
@@ -54,6 +59,10 @@ class Weather(Struct, frozen=True, kw_only=True):
     policy: str = "rules"
 
 
+STEADY = Weather(rate_per_s=50.0, mean_prompt_tokens=64, mean_output_tokens=64, exact_output=True)
+"""No faults, no bursts, 50 requests a second of 64 tokens each: what the speed of the simulation is measured on."""
+
+
 def draw(rng: Random, num_requests: int) -> Weather:
     """The weather of a seed: `num_requests` over some 120 to 300 virtual seconds, in bursts, with faults."""
 
@@ -69,6 +78,8 @@ def draw(rng: Random, num_requests: int) -> Weather:
         phase_s=rng.uniform(3.0, 20.0),
         mean_prompt_tokens=rng.randint(20, 800),
         mean_output_tokens=rng.randint(8, 200),
+        num_slots=rng.choice((2, 8, 32)),
+        utilisation=rng.uniform(0.3, 1.2),
         num_tenants=rng.randint(1, len(TENANTS)),
         sessions_per_tenant=rng.randint(1, 4),
         deadline_share=maybe(0.6),
@@ -95,10 +106,19 @@ def draw(rng: Random, num_requests: int) -> Weather:
 
 def default_config(weather: Weather, seed: int) -> Config:
     """Three unlike simulated engines on one simulated GPU: plain, quantised, speculating."""
+    slots = weather.num_slots
+    slowness = 1.0
+    if weather.utilisation is not None:
+        tokens_per_s = slots / (_STEP_MS + slots * _DECODE_MS) * 1_000
+        slowness = weather.utilisation * tokens_per_s / (weather.rate_per_s * weather.mean_output_tokens)
+    step_ms, decode_ms, prefill_ms = slowness * _STEP_MS, slowness * _DECODE_MS, slowness * _PREFILL_MS
+    plain = {"step_ms": step_ms, "decode_ms_per_request": decode_ms, "prefill_ms_per_token": prefill_ms}
+    quantised = {**plain, "step_ms": 0.6 * step_ms, "step_mj": 1_200.0, "decode_mj_per_token": 80.0}
+    speculating = {**plain, "decode_ms_per_request": 1.8 * decode_ms, "tokens_per_step": 1.7}
     engines = [
-        _engine("full", "bf16", "none", 0.95, step_ms=6.0, decode_ms_per_request=0.06, decode_mj_per_token=95.0),
-        _engine("int8", "int8", "none", 0.90, step_ms=3.5, decode_ms_per_request=0.05, decode_mj_per_token=80.0),
-        _engine("spec", "bf16", "ngram", 0.95, step_ms=7.0, decode_ms_per_request=0.10, tokens_per_step=1.7),
+        _engine("full", slots, "bf16", "none", 0.95, plain),
+        _engine("int8", slots, "int8", "none", 0.90, quantised),
+        _engine("spec", slots, "bf16", "ngram", 0.95, speculating),
     ]
     document = {
         "daemon": {"seed": seed},
@@ -111,7 +131,9 @@ def default_config(weather: Weather, seed: int) -> Config:
     return convert(document, Config)
 
 
-def _engine(name: str, precision: str, speculation: str, quality: float, **sim: float) -> dict[str, object]:
+def _engine(
+    name: str, num_slots: int, precision: str, speculation: str, quality: float, sim: dict[str, float]
+) -> dict[str, object]:
     return {
         "name": name,
         "model": MODEL,
@@ -119,6 +141,6 @@ def _engine(name: str, precision: str, speculation: str, quality: float, **sim: 
         "precision": precision,
         "speculation": speculation,
         "quality": quality,
-        "max_num_seqs": 32,
-        "sim": {"prefill_ms_per_token": 0.01, "kv_capacity_tokens": 60_000, "output_tokens": 0, **sim},
+        "max_num_seqs": num_slots,
+        "sim": {"kv_capacity_tokens": 60_000, **sim},
     }

@@ -41,7 +41,7 @@ from msd.telemetry.sim import SimProbe
 EPOCH = "sim"
 LIVENESS_S = 900.0
 """Once nothing new comes, every request must have ended within this time."""
-SETTLE_S = 40.0
+SETTLE_S = 40
 """The ledger has settled or given up everything by then."""
 STOP_LIMIT_S = 60.0
 WINDOW_S = 5.0
@@ -114,10 +114,13 @@ class World:
         """Run to the end; a crash is a violation."""
         try:
             self._loop.run(self._main())
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
-            self._checks.expect("no_crash", False, "{} at {}", "".join(traceback.format_exception_only(error)), where)
+        except Exception as caught:
+            error: BaseException = caught
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            frames = traceback.extract_tb(error.__traceback__)[-3:]
+            where = ", ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames)
+            self._checks.expect("no_crash", False, "{!r} at {}", error, where)
         else:
             self._checks.expect("no_crash", True, "")
 
@@ -155,7 +158,7 @@ class World:
                 dispatcher.post(e.Draining(now_us, now_us + int(weather.drain_s * 1e6)))
             await self._quiet(dispatcher)
             self._served_us = loop.now_us()
-            await asyncio.sleep(SETTLE_S)
+            await self._settled()
             producers.stop()
             self._checks.at_end()
             for session in producers.sessions:
@@ -177,6 +180,13 @@ class World:
             self._checks.expect("liveness", False, "{} requests are open after {} s", pending, LIVENESS_S)
         else:
             self._checks.expect("liveness", True, "")
+
+    async def _settled(self) -> None:
+        """Wait until the ledger has settled all that ran, or must have given it up."""
+        for _ in range(SETTLE_S):
+            await asyncio.sleep(1.0)
+            if not any(a.running_mj or a.open_mj for a in self._scheduler.ledger.accounts()):
+                return
 
     async def _tick(self, dispatcher: Dispatcher) -> None:
         """Give the core what the probe has read, and the time."""
