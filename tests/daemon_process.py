@@ -69,7 +69,11 @@ class DaemonProcess:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "msd", "serve", "--config", str(self.config)], stderr=log, env=environ
             )
-        self.wait_told("READY=1", self._ready_s)
+        try:
+            self.wait_told("READY=1", self._ready_s)
+        except AssertionError:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
