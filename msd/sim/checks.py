@@ -25,7 +25,6 @@ DEADLINE_GRACE_US = 250_000
 """Deadlines are looked at on ticks, a thousand at a time."""
 SURVEY_PERIOD_US = 1_000_000
 
-_AT_EACH_STEP = ("conservation", "time")
 _SUBMITTED, _APPENDING, _WAITING, _RUNNING, _COMPLETING = range(5)
 _NOBODY = Request(
     request_id="",
@@ -74,8 +73,7 @@ class Checks:
         self._scheduler = scheduler
         self._modes = {book.mode.name: (i, book) for i, book in enumerate(scheduler.fleet.books)}
         self._slots = {engine.name: engine.max_num_seqs for engine in config.engine}
-        self._num_steps = 0
-        self._looked: Counter[str] = Counter()
+        self.looked = dict.fromkeys(self.NAMES, 0)
         self._broken: Counter[str] = Counter()
         self._shown: dict[str, list[str]] = {name: [] for name in self.NAMES}
         self._known: dict[str, _Known] = {}
@@ -97,9 +95,11 @@ class Checks:
 
     def expect(self, name: str, holds: bool, message: str, *told: object) -> None:
         """Count one look at an invariant; `message` is formatted only when it does not hold."""
-        self._looked[name] += 1
-        if holds:
-            return
+        self.looked[name] += 1
+        if not holds:
+            self._break(name, message, told)
+
+    def _break(self, name: str, message: str, told: tuple[object, ...]) -> None:
         if not self.told:
             self.told = tuple(self.story)
         self._broken[name] += 1
@@ -111,7 +111,7 @@ class Checks:
         return tuple(
             Check(
                 name=name,
-                num_checked=self._num_steps if name in _AT_EACH_STEP else self._looked[name],
+                num_checked=self.looked[name],
                 num_violations=self._broken[name],
                 violations=tuple(self._shown[name]),
             )
@@ -134,10 +134,10 @@ class Checks:
         counts = self._scheduler.counts
         ended = counts.delivered + counts.rejected + counts.aborted + counts.failed + counts.duplicates
         pending = self._scheduler.num_pending
-        self._num_steps += 1
+        self.looked["conservation"] += 1
         if counts.submitted != ended + pending:
             told = (counts.submitted, ended, pending)
-            self.expect("conservation", False, "{} submitted, {} ended, {} pending", *told)
+            self._break("conservation", "{} submitted, {} ended, {} pending", told)
 
     def _take_event(self, event: Event) -> None:
         match event:
@@ -159,8 +159,9 @@ class Checks:
                 self._up.add(event.info.engine)
             case e.EngineLost():
                 self._up.discard(event.engine)
+        self.looked["time"] += 1
         if event.t_us < self._now_us:
-            self.expect("time", False, "time went back to {}", event.t_us)
+            self._break("time", "time went back to {}", (event.t_us,))
         self._now_us = event.t_us
 
     def _take_command(self, command: Command) -> None:
@@ -207,8 +208,10 @@ class Checks:
         return _Known(_NOBODY)
 
     def _step(self, request_id: str, was: int, becomes: int, what: str) -> _Known:
-        known = self._find(request_id, what)
-        self.expect("order_of_states", known.state == was, "{} of {} in state {}", what, request_id, known.state)
+        known = self._known.get(request_id) or self._find(request_id, what)
+        self.looked["order_of_states"] += 1
+        if known.state != was:
+            self._break("order_of_states", "{} of {} in state {}", (what, request_id, known.state))
         known.state = becomes
         return known
 

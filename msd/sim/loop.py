@@ -153,7 +153,11 @@ class SimLoop(asyncio.BaseEventLoop):
         self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """Call after `delay` virtual seconds."""
-        return self.call_at(self._now_s + delay, callback, *args, context=context)
+        when = self._now_s + delay
+        timer = _TimerHandle(when, callback, args, self, context)
+        self._num_timers += 1
+        heappush(self._timers, (when, self._num_timers, timer))
+        return timer
 
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None

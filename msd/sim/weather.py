@@ -59,8 +59,17 @@ class Weather(Struct, frozen=True, kw_only=True):
     policy: str = "rules"
 
 
-STEADY = Weather(rate_per_s=50.0, mean_prompt_tokens=64, mean_output_tokens=64, exact_output=True)
-"""No faults, no bursts, 50 requests a second of 64 tokens each: what the speed of the simulation is measured on."""
+STEADY = Weather(
+    rate_per_s=50.0,
+    mean_prompt_tokens=64,
+    mean_output_tokens=64,
+    exact_output=True,
+    utilisation=0.2,
+    emit_interval_ms=100.0,
+    tick_s=0.05,
+)
+"""No faults, no bursts, 50 requests a second of 64 tokens each, about 3 ms a token, Deltas of 100 ms: what the speed of
+the simulation is measured on."""
 
 
 def draw(rng: Random, num_requests: int) -> Weather:
