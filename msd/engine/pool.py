@@ -82,7 +82,8 @@ class _Slot:
 
     __slots__ = (
         "attempts", "breaker_open", "deaths_us", "engine", "factory", "info", "last_error", "name", "num_failures",
-        "num_finished", "num_starts", "state", "state_since_us", "stepped_timer", "stepped_us", "task", "up_us",
+        "num_finished", "num_starts", "state", "state_since_us", "stepped_timer", "stepped_us", "task", "trouble",
+        "up_us",
     )  # fmt: skip
 
     def __init__(self, name: str, factory: Callable[[], Engine]) -> None:
@@ -100,6 +101,7 @@ class _Slot:
         self.deaths_us: list[int] = []
         self.breaker_open = False
         self.last_error = ""
+        self.trouble: asyncio.Future[str] | None = None
         self.stepped_us = -STEPPED_INTERVAL_US
         self.stepped_timer: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None
@@ -228,6 +230,8 @@ class Pool:
                 raise
         except MsdError as caught:
             error = caught
+            if isinstance(caught, EngineLostError) and engine is slot.engine:
+                self._tell_keeper(slot, str(caught))
         finally:
             del slot.attempts[request_id, number]
         if finish_reason is not None:
@@ -244,6 +248,11 @@ class Pool:
             sink.on_failed(request_id, number, code, str(error), lost)
         if not slot.attempts:
             self._report_step(slot)
+
+    def _tell_keeper(self, slot: _Slot, reason: str) -> None:
+        """A request found its engine dead, perhaps before the engine's own watch did."""
+        if slot.trouble is not None and not slot.trouble.done():
+            slot.trouble.set_result(reason)
 
     def _report_step(self, slot: _Slot) -> None:
         """Report gauges and progress now, or once the interval since the last report is over."""
@@ -275,7 +284,7 @@ class Pool:
             while not self._stopping:
                 started = await self._start(slot)
                 if started is not None:
-                    kind, reason = await started.lost()
+                    kind, reason = await self._until_lost(slot, started)
                     await self._lose(slot, kind, reason)
                 delay_s = self._backoff_s(slot)
                 log.info("engine_restarts_later", engine=slot.name, state=slot.state, delay_s=round(delay_s, 2))
@@ -321,6 +330,17 @@ class Pool:
             self._sink.on_engine_lost(slot.name, ExitKind.DIED, slot.last_error)
             await self._discard(slot)
         return None
+
+    async def _until_lost(self, slot: _Slot, engine: Engine) -> tuple[ExitKind, str]:
+        """Wait until the engine says that it is lost, or one of its requests found out first."""
+        trouble = slot.trouble = asyncio.get_running_loop().create_future()
+        lost = asyncio.ensure_future(engine.lost())
+        try:
+            await asyncio.wait((lost, trouble), return_when=asyncio.FIRST_COMPLETED)
+            return lost.result() if lost.done() else (ExitKind.DIED, trouble.result())
+        finally:
+            slot.trouble = None
+            lost.cancel()
 
     async def _lose(self, slot: _Slot, kind: ExitKind, reason: str) -> None:
         """Report a dead engine's attempts, then the engine; free what it left."""
