@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -34,9 +35,17 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the world; exit 1 when a check failed."""
     # Late: the simulation brings the whole daemon, and the other commands should start at once.
+    import structlog
+
     from msd.sim.world import run_world
 
-    report = run_world(options.seed, options.requests)
+    # A world's engines die by the dozen, on purpose; the report says what matters.
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        report = run_world(options.seed, options.requests)
+    finally:
+        structlog.configure(**before)
     if options.json:
         print(json.dumps({"ok": report.is_ok, **msgspec.to_builtins(report)}))
     else:
@@ -54,6 +63,7 @@ def render(report: Report) -> list[str]:
         f"{report.pending:,} pending; {report.restarts:,} restarts after {report.num_engine_deaths:,} engine deaths",
         f"tokens: {report.num_prompt_tokens:,} read, {report.num_completion_tokens:,} written, "
         f"{report.tokens_per_s:,.0f} a second, {number(report.mj_per_token, 'mJ')} each",
+        f"energy: {', '.join(f'{name} {energy_mj / 1000:,.1f} J' for name, energy_mj in report.energy_mj.items())}",
         "",
         *table(
             ["ms, simulated", "p50", "p95", "p99"],

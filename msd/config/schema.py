@@ -127,7 +127,11 @@ class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Someone who may ask."""
+    """Someone who may ask.
+
+    Without any `[[tenant]]`, whoever may open the ipc socket is tenant `local`. With one or more, a user who is in none
+    of them is refused.
+    """
 
     name: Annotated[Name, Meta(description="Its name in ledger, metrics and fair queueing.")]
     uids: Annotated[

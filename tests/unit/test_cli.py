@@ -14,6 +14,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from msd import cli
@@ -24,9 +25,12 @@ from msd.errors import (
     EXIT_CONFIG,
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
+    EXIT_NO,
     EXIT_OK,
     DaemonUnreachableError,
 )
+from msd.sim.report import Check
+from msd.sim.world import run_world
 from msd.wire import DaemonStatus, EngineReport, LedgerReport, ModeReport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +218,46 @@ def test_numbers_that_are_not_above_zero_are_usage_errors(value: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["sim", f"--requests={value}"])
     assert caught.value.code == 2
+
+
+# --- sim -------------------------------------------------------------------------------------------------------------
+
+
+def test_sim_gives_one_digest_under_any_hash_seed() -> None:
+    runs = [
+        msd("sim", "--seed", "3", "--requests", "150", "--json", environ={"PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    reports = [json.loads(run.stdout) for run in runs]
+    assert [run.returncode for run in runs] == [EXIT_OK, EXIT_OK], runs[0].stderr
+    assert (reports[0]["ok"], reports[0]["seed"], reports[0]["num_requests"]) == (True, 3, 150)
+    for report in reports:
+        # What the wall clock says is not part of the world.
+        del report["wall_s"], report["speed"]
+    assert reports[0] == reports[1]
+
+
+def test_sim_for_a_person_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sim", "--seed", "3", "--requests", "60"]) == EXIT_OK
+    out = capsys.readouterr().out
+    assert out.startswith("SIMULATED world, seed 3: 60 requests")
+    assert re.search(r"^all checks hold, digest [0-9a-f]+$", out.splitlines()[-1])
+
+
+def test_a_broken_check_is_exit_1_and_tells_the_story(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run_world(3, 20)
+    broken = Check(name="conservation", num_checked=5, num_violations=1, violations=("one request is missing",))
+    monkeypatch.setattr(
+        "msd.sim.world.run_world",
+        lambda seed, requests: msgspec.structs.replace(report, checks=(broken,), last_events=("Submitted r1",)),
+    )
+    assert cli.main(["sim"]) == EXIT_NO
+    out = capsys.readouterr().out
+    assert "CHECKS BROKEN" in out
+    assert "conservation: one request is missing" in out
+    assert "Submitted r1" in out
 
 
 # --- terminal --------------------------------------------------------------------------------------------------------
