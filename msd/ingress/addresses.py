@@ -30,6 +30,11 @@ class Address(Struct, frozen=True):
     endpoint: str
     guard: Literal["file", "loopback", "curve"]
 
+    @property
+    def path(self) -> str:
+        """Of the socket file, for ipc."""
+        return self.endpoint.removeprefix("ipc://")
+
 
 def plan(config: ZmqIngressConfig) -> tuple[Address, ...]:
     """Addresses to bind, those without CURVE first. Raises ConfigError, or IngressError when no default is usable."""
@@ -54,7 +59,10 @@ def _address(endpoint: str, config: ZmqIngressConfig) -> Address:
                 )
             return Address(resolved, "file")
         case "tcp":
-            host = rest.rpartition(":")[0]
+            host, _, port = rest.rpartition(":")
+            # libzmq would take 99999 for 34463.
+            if port != "*" and not (port.isdecimal() and int(port) < 65_536):
+                raise ConfigError(f"{resolved}: expected tcp://host:port", remedy="a port is 0 to 65535, or *")
             if config.curve_secret_key_file:
                 if not config.curve_keys_dir:
                     raise ConfigError(
@@ -98,7 +106,7 @@ def make_room(address: Address) -> None:
     """Make the socket's folder, and remove the socket file of a daemon that is dead. Raises IngressError."""
     if address.guard != "file":
         return
-    path = address.endpoint.removeprefix("ipc://")
+    path = address.path
     folder = os.path.dirname(path)
     try:
         if not os.path.isdir(folder):
@@ -116,6 +124,16 @@ def make_room(address: Address) -> None:
         os.unlink(path)
     except OSError as error:
         raise IngressError(f"cannot prepare {path}: {error}", remedy="check its folder's permissions") from error
+
+
+def remove_socket(path: str, inode: int) -> None:
+    """Remove a socket file of our own; another daemon's, made since, stays."""
+    try:
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+    except FileNotFoundError:
+        # Somebody tidied up before us.
+        pass
 
 
 def _is_live(path: str) -> bool:

@@ -75,6 +75,7 @@ class Desk:
         self._greeting = greeting
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._last_eviction_s = 0.0
+        self._draining: wire.Draining | None = None
         self._welcome_limits = {
             "max_frame_bytes": config.max_frame_bytes,
             "max_prompt_bytes": wire.MAX_PROMPT_BYTES,
@@ -122,11 +123,12 @@ class Desk:
         _log.debug("session_closed", tenant=session.tenant, peer=session.peer, reason=reason)
         return True
 
-    def broadcast(self, message: wire.ServerMessage) -> None:
-        """To everybody who said hello."""
+    def announce(self, draining: wire.Draining) -> None:
+        """To everybody who said hello, and to those who still will."""
+        self._draining = draining
         for session in list(self.sessions.values()):
             if session.greeted:
-                session.send(message)
+                session.send(draining)
 
     def close_tenants(self, tenants: frozenset[str]) -> None:
         """End the sessions of tenants whose keys were revoked."""
@@ -240,6 +242,8 @@ class Desk:
                 features=FEATURES,
             )
         )
+        if self._draining is not None:
+            session.send(self._draining)
         if resumed:
             self._intake.resume(session)
         for resume in hello.resume:

@@ -13,6 +13,10 @@ RETRY_MAX_S = 0.1
 """A full peer is tried again after RETRY_MIN_S, doubling up to RETRY_MAX_S while nothing gets through."""
 MAX_OUTBOX_BYTES = 16 * 1024 * 1024
 """The outbox is bounded by messages; this bounds it when they are answers of many megabytes."""
+BURST_FACTOR = 16
+"""One turn of the loop can answer hundreds of requests, faster than libzmq's thread takes them: while messages get
+through, the outbox may hold this many times its bound. Of a client that reads nothing for a tenth of a second it may
+not."""
 
 
 class Delivery(Enum):
@@ -42,7 +46,8 @@ class Link(Protocol):
 class ClientSession:
     """The Session of one ZeroMQ connection (`msd.ports.Session`). Equal only to itself.
 
-    Control messages that find no room wait in the outbox, in order; more than `max_outbox` of them close the session.
+    Control messages that find no room wait in the outbox, in order; when more than `max_outbox` of them wait and none
+    gets through any more, the session is closed.
     Deltas never wait here: `send_delta` says no, and egress coalesces until it is resumed.
     """
 
@@ -135,7 +140,8 @@ class ClientSession:
                     return
                 case Delivery.FULL:
                     pass
-        if len(self._outbox) >= self._max_outbox or self._num_outbox_bytes + len(payload) > MAX_OUTBOX_BYTES:
+        max_outbox = self._max_outbox if self.retry_s >= RETRY_MAX_S else self._max_outbox * BURST_FACTOR
+        if len(self._outbox) >= max_outbox or self._num_outbox_bytes + len(payload) > MAX_OUTBOX_BYTES:
             self.close("outbox_full")
             return
         self._outbox.append(payload)

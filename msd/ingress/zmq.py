@@ -7,6 +7,7 @@ the edge. So EVENTS is read again after every drain, and after every send before
 from __future__ import annotations
 
 import asyncio
+import os
 import select
 import struct
 from typing import Final
@@ -17,7 +18,7 @@ from zmq.utils import z85
 
 from msd.config import LimitsConfig, TenantConfig, ZmqIngressConfig
 from msd.errors import ConfigError, IngressError
-from msd.ingress.addresses import Address, make_room, plan, read_secret_key, socket_umask
+from msd.ingress.addresses import Address, make_room, plan, read_secret_key, remove_socket, socket_umask
 from msd.ingress.desk import Desk, Greeting
 from msd.ingress.sessions import RETRY_MAX_S, RETRY_MIN_S, ClientSession, Delivery
 from msd.ingress.zap import DOMAIN, Doorkeeper, Keyring
@@ -80,6 +81,7 @@ class ZmqIngress:
         self._draining_now = False
         self._discarding = False
         self._last_drain_s = 0.0
+        self._socket_files: list[tuple[str, int]] = []
         self.endpoints: tuple[str, ...] = ()
         """What was bound, with the port where the configuration left it open."""
         self.num_sent = 0
@@ -124,15 +126,12 @@ class ZmqIngress:
         self._tick()
         _log.info("ingress_bound", endpoints=self.endpoints)
 
-    def stop_accepting(self) -> None:
-        """No new connections; those that exist go on."""
-        for endpoint in self.endpoints:
-            self._router.unbind(endpoint)
-        self.endpoints = ()
-
     def draining(self, deadline_ms: int) -> None:
-        """Tell every client that the daemon stops: what runs may go on for `deadline_ms`."""
-        self._desk.broadcast(Draining(deadline_ms=deadline_ms))
+        """Tell every client that the daemon stops: what runs may go on for `deadline_ms`.
+
+        Connections are still accepted: libzmq's unbind would end those that were made through the endpoint.
+        """
+        self._desk.announce(Draining(deadline_ms=deadline_ms))
 
     async def close(self, grace_s: float = 1.0) -> None:
         """Send what waits in outboxes for at most `grace_s`, then close. Idempotent."""
@@ -157,6 +156,9 @@ class ZmqIngress:
         self._router.close(LINGER_MS)
         # Waits for the linger at most.
         await asyncio.to_thread(self._context.term)
+        for path, inode in self._socket_files:
+            remove_socket(path, inode)
+        self._socket_files.clear()
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what there is now."""
@@ -215,6 +217,9 @@ class ZmqIngress:
             raise IngressError(
                 f"cannot bind {address.endpoint}: {error}", remedy="is the address in use, or not allowed to this user?"
             ) from error
+        if address.guard == "file":
+            # libzmq leaves the file behind.
+            self._socket_files.append((address.path, os.stat(address.path).st_ino))
         bound = self._router.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes), "libzmq names endpoints in bytes"
         return bound.rstrip(b"\0").decode()

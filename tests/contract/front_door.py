@@ -108,6 +108,13 @@ class House:
         self.egress.started(request.request_id, "noop", f"d-{request.request_id}", attempt, 0)
         self._step(request, attempt, 0)
 
+    def release(self) -> None:
+        """Run what was held, and hold nothing more."""
+        self.hold = False
+        held, self.held = self.held, []
+        for request in held:
+            self.run(request)
+
     def _step(self, request: Request, attempt: int, num_done: int) -> None:
         if request.request_id in self.cancelled:
             self.finish(request, attempt, "abort")
