@@ -3,8 +3,9 @@
     TTFT [ms] = a0 + a1 * (prompt tokens not cached) / 1000        TPOT [ms] = c0 + c1 * (other requests running)
 
 Each line is fitted by recursive least squares with forgetting (lambda 0.995) on rows divided by the prediction, so that
-the error is relative (modeswitch spec, section 6). The first prior is the engine's own warm-up. Guards: the trace of P
-is capped, one observation moves a prediction by at most a factor, coefficients stay non-negative.
+the error is relative (modeswitch spec, section 6); so P is in squares of the prediction, or an engine that needs 500 ms
+would hold on to its prior for hundreds of requests. The first prior is the engine's own warm-up. Guards: P is capped,
+one observation moves a prediction by at most a factor, coefficients stay non-negative.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from msd.domain import EngineInfo
 
 _LAMBDA = 0.995
-_P0 = 100.0
-_P_MAX = 1e4
+_SPREAD = 100.0
+"""P of a prior, and at most, relative to the square of the prediction: a prior counts a hundredth of an observation."""
 _FACTOR_MAX = 4.0
 _FLOOR_MS = 0.01
 _ENERGY_ALPHA = 0.05
@@ -28,9 +29,8 @@ class Line:
         self.a = a
         self.b = b
         self.n = 0
-        self.p00 = _P0
+        self.p00 = self.p11 = _SPREAD * max(a, _FLOOR_MS) ** 2
         self.p01 = 0.0
-        self.p11 = _P0
 
     def at(self, x: float) -> float:
         y = self.a + self.b * x
@@ -41,7 +41,7 @@ class Line:
         # Before the first observation the prior is only a guess; afterwards one outlier must not tear the line away.
         if self.n:
             y = min(max(y, predicted / _FACTOR_MAX), predicted * _FACTOR_MAX)
-        scale = 1.0 / max(predicted, _FLOOR_MS)
+        scale = 1.0 / predicted
         h0, h1 = scale, x * scale
         error = (y - self.a - self.b * x) * scale
         p00, p01, p11 = self.p00, self.p01, self.p11
@@ -51,9 +51,10 @@ class Line:
         k0, k1 = g0 * inverse, g1 * inverse
         self.a = max(0.0, self.a + k0 * error)
         self.b = max(0.0, self.b + k1 * error)
-        self.p00 = min((p00 - k0 * g0) / _LAMBDA, _P_MAX)
+        most = _SPREAD * predicted * predicted
+        self.p00 = min((p00 - k0 * g0) / _LAMBDA, most)
         self.p01 = (p01 - k0 * g1) / _LAMBDA
-        self.p11 = min((p11 - k1 * g1) / _LAMBDA, _P_MAX)
+        self.p11 = min((p11 - k1 * g1) / _LAMBDA, most)
         if self.p01 * self.p01 > self.p00 * self.p11:
             self.p01 = 0.0
         self.n += 1
