@@ -23,22 +23,32 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def process_identity(pid: int) -> str:
     """`pid:starttime` (clock ticks since boot): names one process for ever, where a pid is given out again."""
-    _, start_time = _read_stat(pid)
+    _, start_time, _ = read_stat(pid)
     return f"{pid}:{start_time}"
+
+
+def read_stat(pid: int) -> tuple[int, int, str]:
+    """Parent's pid, start time and state letter from /proc. Raises OSError when there is no such process."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        # The name, in parentheses, may hold blanks and parentheses of its own.
+        fields = file.read().rpartition(b")")[2].split()
+    return int(fields[1]), int(fields[19]), fields[0].decode()
 
 
 def register() -> None:
     """Tie this process's life to its parent's and send its output to the engine's log, if it is an engine of msd's."""
     identity = os.environ.get(PARENT_VARIABLE, "")
-    if not identity:
+    if not identity or identity == _identity_or_empty(os.getpid()):
         return
     if not _is_descendant_of(identity):
-        if _is_orphan() and _identity_or_empty(int(identity.partition(":")[0])) != identity:
-            _die()  # the daemon died while this process was still importing vLLM
+        if _is_orphan():
+            _die()  # its parent died while this process was still importing vLLM
         return
     log_path = os.environ.get(LOG_VARIABLE, "")
     if log_path:
         _redirect_output(log_path)
+    # Out of the terminal's foreground group: Ctrl-C is for the daemon, which drains while its engines still work.
+    os.setpgid(0, 0)
     _die_with_parent(identity)
     if os.environ.get(FORK_VARIABLE) == "1" and _identity_or_empty(os.getppid()) == identity:
         # This is the EngineCore, which has imported most of what its workers need: forked, they start in a second
@@ -63,7 +73,7 @@ def _die() -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether multiprocessing spawned this process and the spawner is gone."""
+    """Whether multiprocessing spawned this process and its spawner is gone."""
     module = sys.modules.get("multiprocessing.process")
     parent = module.parent_process() if module is not None else None
     return parent is not None and parent.pid != os.getppid()
@@ -79,7 +89,7 @@ def _is_descendant_of(identity: str) -> bool:
         if _identity_or_empty(pid) == identity:
             return True
         try:
-            pid, _ = _read_stat(pid)
+            pid, _, _ = read_stat(pid)
         except (OSError, ValueError):
             return False
     return False
@@ -90,14 +100,6 @@ def _identity_or_empty(pid: int) -> str:
         return process_identity(pid)
     except (OSError, ValueError):
         return ""
-
-
-def _read_stat(pid: int) -> tuple[int, int]:
-    """Parent's pid and start time from /proc. Raises OSError when there is no such process."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        # The name, in parentheses, may hold blanks and parentheses of its own.
-        fields = file.read().rpartition(b")")[2].split()
-    return int(fields[1]), int(fields[19])
 
 
 def _redirect_output(path: str) -> None:
