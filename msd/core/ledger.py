@@ -1,7 +1,7 @@
 """The energy ledger: every millijoule of a counter goes to a request, to waste, to idle, or is left unattributed.
 
 Pure, integers, no clock of its own. Fed by what the scheduler knows anyway; a request's energy is settled some
-intervals after its answer went out. Each counter is a domain of its own and closes to itself (docs/adr, energy).
+intervals after its answer went out. Each counter is a domain of its own and closes to itself.
 """
 
 from __future__ import annotations

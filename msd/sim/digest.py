@@ -14,21 +14,22 @@ class Digest:
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
-        self._numbers = array("q")
+        self.numbers: list[int] = []
+        """What comes next, each of up to 63 bits; append here, and call `flush` now and then."""
 
-    def add(self, *numbers: int) -> None:
-        """Take in numbers of up to 63 bits."""
-        self._numbers.extend(numbers)
-        if len(self._numbers) >= _BUFFERED:
-            self._flush()
+    def flush(self) -> None:
+        """Digest the numbers once they are many."""
+        if len(self.numbers) >= _BUFFERED:
+            self._take()
 
-    def _flush(self) -> None:
+    def _take(self) -> None:
+        numbers = array("q", self.numbers)
         if sys.byteorder == "big":
-            self._numbers.byteswap()
-        self._hash.update(self._numbers.tobytes())
-        self._numbers = array("q")
+            numbers.byteswap()
+        self._hash.update(numbers.tobytes())
+        self.numbers.clear()
 
     def hexdigest(self) -> str:
         """The fingerprint of everything added so far."""
-        self._flush()
+        self._take()
         return self._hash.hexdigest()

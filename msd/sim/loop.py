@@ -177,7 +177,16 @@ class SimLoop(asyncio.BaseEventLoop):
             heapify(self._timers)
             self._num_cancelled = 0
 
+    def get_debug(self) -> bool:
+        """Never: asyncio asks for each task and future."""
+        return False
+
     def _run_once(self) -> None:
+        while not self._stopping:
+            self._turn()
+
+    def _turn(self) -> None:
+        """Run what is ready now, in a random order; what it makes ready is for the next turn."""
         ready = self._ready
         self._take_due_timers()
         random = self._rng.random
@@ -209,13 +218,13 @@ class SimLoop(asyncio.BaseEventLoop):
                 heappop(timers)
                 timer._scheduled = False
                 ready.append(timer)
-            elif ready or self._stopping:
+            elif ready:
                 return
             else:
                 self._now_s = when
                 self._now_us = int(when * 1e6)
                 self._instant_step = self.num_steps
-        if not ready and not self._stopping:
+        if not ready:
             raise StalledError("every task waits and no timer is set")
 
     # --- life --------------------------------------------------------------------------------------------------------

@@ -262,26 +262,27 @@ class World:
         commands = self._handle(event)
         self._num_events += 1
         self._checks.after(event, commands)
-        self._digest.add(_EVENT_NUMBERS[type(event)], event.t_us)
+        numbers = self._digest.numbers
+        numbers += (_EVENT_NUMBERS[type(event)], event.t_us)
         match event:
             case e.Finished():
-                self._digest.add(_number(event.request_id), event.attempt, event.num_completion_tokens)
+                numbers += (_number(event.request_id), event.attempt, event.num_completion_tokens)
             case e.CounterRead():
-                self._digest.add(event.reading.energy_mj)
+                numbers.append(event.reading.energy_mj)
+                self._digest.flush()
         for command in commands:
             match command:
                 case c.Dispatch():
-                    self._digest.add(
-                        _number(command.request_id), command.attempt, self._mode_numbers[command.decision.engine]
-                    )
+                    mode = self._mode_numbers[command.decision.engine]
+                    numbers += (_number(command.request_id), command.attempt, mode)
                 case c.Complete():
                     self._outcomes.append(command.outcome)
-                    self._digest.add(_number(command.outcome.request_id), command.outcome.num_completion_tokens)
+                    numbers += (_number(command.outcome.request_id), command.outcome.num_completion_tokens)
                 case c.Settle():
                     energy = command.energy
-                    self._digest.add(_number(command.request_id), energy.dynamic_mj, energy.static_mj)
+                    numbers += (_number(command.request_id), energy.dynamic_mj, energy.static_mj)
                 case c.Reject() | c.Deliver() | c.Abort():
-                    self._digest.add(_number(command.request_id))
+                    numbers.append(_number(command.request_id))
         return commands
 
     def report(self, wall_s: float) -> Report:
@@ -292,7 +293,7 @@ class World:
         virtual_s = (self._loop.now_us() - self._start_us) / 1e6
         served_s = max(1e-6, (self._served_us - self._start_us) / 1e6)
         energy_mj = self._energy_mj()
-        self._digest.add(*energy_mj.values())
+        self._digest.numbers += energy_mj.values()
         by_mode: Counter[str] = Counter()
         by_reason: Counter[str] = Counter()
         for (mode, reason), count in sorted(scheduler.reasons.items()):

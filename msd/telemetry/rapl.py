@@ -76,7 +76,7 @@ class RaplProbe:
             case "absent":
                 raise ProbeError("this host has no RAPL energy counter", remedy="set telemetry.rapl = false")
             case "unreadable":
-                remedy = "let the msd group read energy_uj, see docs/how-to on CPU energy"
+                remedy = "give the msd group read access to /sys/class/powercap/intel-rapl:*/energy_uj"
                 raise ProbeError("the RAPL energy counter is not readable for this user", remedy=remedy)
             case "working":
                 self._zones = _zones(self._powercap)
