@@ -73,7 +73,7 @@ class Checks:
         self._scheduler = scheduler
         self._modes = {book.mode.name: (i, book) for i, book in enumerate(scheduler.fleet.books)}
         self._slots = {engine.name: engine.max_num_seqs for engine in config.engine}
-        self.looked = dict.fromkeys(self.NAMES, 0)
+        self._looked = dict.fromkeys(self.NAMES, 0)
         self._broken: Counter[str] = Counter()
         self._shown: dict[str, list[str]] = {name: [] for name in self.NAMES}
         self._known: dict[str, _Known] = {}
@@ -95,7 +95,7 @@ class Checks:
 
     def expect(self, name: str, holds: bool, message: str, *told: object) -> None:
         """Count one look at an invariant; `message` is formatted only when it does not hold."""
-        self.looked[name] += 1
+        self._looked[name] += 1
         if not holds:
             self._break(name, message, told)
 
@@ -111,7 +111,7 @@ class Checks:
         return tuple(
             Check(
                 name=name,
-                num_checked=self.looked[name],
+                num_checked=self._looked[name],
                 num_violations=self._broken[name],
                 violations=tuple(self._shown[name]),
             )
@@ -134,7 +134,7 @@ class Checks:
         counts = self._scheduler.counts
         ended = counts.delivered + counts.rejected + counts.aborted + counts.failed + counts.duplicates
         pending = self._scheduler.num_pending
-        self.looked["conservation"] += 1
+        self._looked["conservation"] += 1
         if counts.submitted != ended + pending:
             told = (counts.submitted, ended, pending)
             self._break("conservation", "{} submitted, {} ended, {} pending", told)
@@ -159,7 +159,7 @@ class Checks:
                 self._up.add(event.info.engine)
             case e.EngineLost():
                 self._up.discard(event.engine)
-        self.looked["time"] += 1
+        self._looked["time"] += 1
         if event.t_us < self._now_us:
             self._break("time", "time went back to {}", (event.t_us,))
         self._now_us = event.t_us
@@ -209,7 +209,7 @@ class Checks:
 
     def _step(self, request_id: str, was: int, becomes: int, what: str) -> _Known:
         known = self._known.get(request_id) or self._find(request_id, what)
-        self.looked["order_of_states"] += 1
+        self._looked["order_of_states"] += 1
         if known.state != was:
             self._break("order_of_states", "{} of {} in state {}", (what, request_id, known.state))
         known.state = becomes

@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 
 from msd.errors import ProbeError
-from msd.telemetry.nvml import import_pynvml, throttle_names
+from msd.telemetry.nvml import import_pynvml
+from msd.telemetry.nvml_device import throttle_names
 from tests.nvml_stub import UUID, NvmlStub
 
 
