@@ -226,6 +226,24 @@ def to_markdown(accuracy: Accuracy) -> str:
     return "\n".join(lines) + "\n"
 
 
+CARD_MARK: Final = "<!-- accuracy: written by testbed.evaluate -->"
+
+
+def write_card_table(accuracy: Accuracy, model: str) -> None:
+    """Put the model's bf16 accuracy without worked examples between the marks of its card."""
+    share = {
+        (row.task, row.level): 100 * row.right / row.asked
+        for row in accuracy.rows
+        if (row.model, row.precision, row.num_shots) == (model, "bf16", 0)
+    }
+    lines = ["| task | " + " | ".join(f"level {level}" for level in LEVELS) + " |", "|---|" + "---:|" * len(LEVELS)]
+    for task in TASKS:
+        lines.append(f"| {task} | " + " | ".join(figure(share.get((task, level))) for level in LEVELS) + " |")
+    card = MODELS / model / "README.md"
+    before, _, after = card.read_text(encoding="utf-8").split(CARD_MARK)
+    card.write_text(CARD_MARK.join((before, "\n" + "\n".join(lines) + "\n", after)), encoding="utf-8")
+
+
 def difference(one: float | None, other: float | None) -> float | None:
     """Return `one - other`, or None when either was not measured."""
     return None if one is None or other is None else one - other
@@ -269,6 +287,8 @@ def main() -> None:
     print("\n" + page)
     if arguments.write:
         (FOLDER / "ACCURACY.md").write_text(page, encoding="utf-8")
+        for model in sorted({row.model for row in accuracy.rows if row.precision == "bf16"}):
+            write_card_table(accuracy, model)
         rows = ",\n    ".join(json.dumps(msgspec.to_builtins(row)) for row in accuracy.rows)
         head = json.dumps({k: v for k, v in msgspec.to_builtins(accuracy).items() if k != "rows"}, indent=2)
         (FOLDER / "ACCURACY.json").write_text(

@@ -24,11 +24,9 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int
     hidden: int
     intermediate: int
+    num_heads: int
+    """May be more than `hidden / head_dim`: more heads find the lookup of `get` sooner."""
     head_dim: int = 32
-
-    @property
-    def num_heads(self) -> int:
-        return self.hidden // self.head_dim
 
     def to_hf_config(self) -> dict[str, object]:
         """Return `config.json` as transformers and vLLM read it."""
@@ -61,8 +59,8 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 SHAPES: Final = {
-    "tiny-small": Shape(name="tiny-small", num_layers=4, hidden=128, intermediate=256),
-    "tiny-large": Shape(name="tiny-large", num_layers=5, hidden=256, intermediate=512),
+    "tiny-small": Shape(name="tiny-small", num_layers=4, hidden=128, intermediate=256, num_heads=8),
+    "tiny-large": Shape(name="tiny-large", num_layers=5, hidden=256, intermediate=512, num_heads=8),
 }
 
 
@@ -93,8 +91,10 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, nn.Linear(shape.hidden, shape.hidden, bias=False))
+        width = shape.num_heads * shape.head_dim
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self.add_module(name, nn.Linear(shape.hidden, width, bias=False))
+        self.o_proj = nn.Linear(width, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         def heads(y: Tensor) -> Tensor:
@@ -141,9 +141,9 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model; initialised as transformers does, but with residual outputs scaled by depth."""
+    """The whole model; matrices start at the scale of their input width, residual outputs are scaled by depth too."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, embedding_std: float = 0.02) -> None:
         super().__init__()
         self.shape = shape
         self.model = Decoder(shape)
@@ -152,8 +152,8 @@ class Llama(nn.Module):
             if parameter.ndim == 2:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 scale = (2 * shape.num_layers) ** -0.5 if is_residual else 1.0
-                fan_in = shape.hidden if "embed" in name else parameter.shape[1]
-                nn.init.normal_(parameter, std=scale * (0.02 if "embed" in name else fan_in**-0.5 * 0.7))
+                std = embedding_std if "embed" in name else 0.7 * parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=scale * std)
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
         """Return logits [batch, time, vocabulary], or [len(at), vocabulary] at the flat indices `at`.
