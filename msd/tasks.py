@@ -72,7 +72,8 @@ def generate(task: str, level: int, seed: int, *, num_shots: int = 0, shots_seed
     shots = "".join(
         shot + shot_answer + SHOT_SEPARATOR
         for shot, shot_answer in (
-            sample(task, level, random.Random(f"{task}/{level}/shot/{shots_seed}/{index}")) for index in range(num_shots)
+            sample(task, level, random.Random(f"{task}/{level}/shot/{shots_seed}/{index}"))
+            for index in range(num_shots)
         )
     )
     return Problem(
