@@ -43,8 +43,15 @@ ENVIRONMENT = {
 }
 """Set before vLLM is imported unless the operator has set them: nothing phones home or listens beyond loopback."""
 CPU_KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", CPU_KV_VARIABLE: "1"}
-"""On a CPU: engines with two spinning OpenMP threads each made four engines 3 times slower on 2 cores."""
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    CPU_KV_VARIABLE: "1",
+}
+"""On a CPU: engines with two spinning OpenMP threads each made four engines 3 times slower on 2 cores. Numba counts too:
+ngram speculation starts its OpenMP layer, which raises torch's threads to the number of cores; on busy cores a token
+then took 21-80 ms instead of 1.4."""
 WATCH_INTERVAL_S = 0.2
 WARM_UP_ROUNDS = 3
 WARM_UP_PROMPT_TOKENS = 32
