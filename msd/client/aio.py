@@ -291,13 +291,14 @@ class AsyncClient:
         self._set_timer()
 
     def _set_timer(self) -> None:
-        due_s = self._state.next_due_s()
+        now_s = time.monotonic()
+        wait_s = self._driver.wait_s(now_s)
         if self._timer is not None:
-            if due_s is not None and due_s >= self._timer_due_s and self._timer_due_s > time.monotonic():
+            if wait_s is not None and now_s < self._timer_due_s <= now_s + wait_s:
                 # It will look again when it fires.
                 return
             self._timer.cancel()
             self._timer = None
-        if due_s is not None and self._loop is not None:
-            self._timer_due_s = due_s
-            self._timer = self._loop.call_later(max(0.0, due_s - time.monotonic()), self._work)
+        if wait_s is not None and self._loop is not None:
+            self._timer_due_s = now_s + wait_s
+            self._timer = self._loop.call_later(wait_s, self._work)

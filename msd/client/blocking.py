@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -253,7 +254,7 @@ class Client:
             poller.register(fd, zmq.POLLIN)
         timeout_s: float | None = 0.0
         while True:
-            poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1_000) + 1))
+            poller.poll(None if timeout_s is None else math.ceil(timeout_s * 1_000))
             with self._lock:
                 if self._is_woken:
                     os.read(self._wake_read, 64)
@@ -264,8 +265,7 @@ class Client:
                     self._changed.notify_all()
                 if self._closing:
                     break
-                due_s = self._state.next_due_s()
-                timeout_s = 0.0 if is_more else None if due_s is None else max(0.0, due_s - time.monotonic())
+                timeout_s = 0.0 if is_more else self._driver.wait_s(time.monotonic())
         with self._lock:
             self._state.close()
             self._driver.flush()

@@ -16,6 +16,9 @@ from msd.errors import DaemonUnreachableError
 RECEIVE_AT_ONCE: Final = 256
 """Messages taken in before the application has its turn."""
 
+SAFETY_S: Final = 0.5
+"""Longest wait while something is under way: a net under the edges, as the daemon has one."""
+
 
 class Driver:
     """One client's socket and requests. Its owner calls `work` when a descriptor is readable or a time is due."""
@@ -69,6 +72,13 @@ class Driver:
         self.flush()
         # The descriptor is edge-triggered: look again after receiving and sending, before anybody waits on it.
         return self.connection.is_ready(for_output=bool(self.state.outgoing))
+
+    def wait_s(self, now_s: float) -> float | None:
+        """How long its owner may wait for a descriptor before it calls `work` again; None: for ever."""
+        due_s = self.state.next_due_s()
+        if due_s is None:
+            return None
+        return min(max(0.0, due_s - now_s), SAFETY_S)
 
     def flush(self) -> None:
         """Send what the socket takes."""
