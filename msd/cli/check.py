@@ -11,7 +11,7 @@ import msgspec
 
 from msd import config as settings
 from msd.cli import terminal
-from msd.cli.options import Commands, add_config, add_json
+from msd.cli.options import Commands, add_config, add_json, load_config
 from msd.errors import EXIT_OK, ConfigError
 
 
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the configuration; exit 78 when it is wrong."""
     try:
         file = settings.find(options.file or options.config)
-        config = settings.load(file)
+        config = load_config(file)
     except ConfigError as error:
         if options.json:
             print(json.dumps({"ok": False, "problems": problems(error)}, ensure_ascii=False))

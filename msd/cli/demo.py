@@ -20,7 +20,7 @@ from msd import config as settings
 from msd.cli import demo_report, terminal
 from msd.cli.children import Child, Children
 from msd.cli.live import Live
-from msd.cli.options import Commands, add_json, positive
+from msd.cli.options import Commands, add_json, load_config, positive
 from msd.cli.status import read
 from msd.errors import (
     EXIT_NO,
@@ -43,6 +43,8 @@ ENGINES_S: Final = 900.0
 LOADGEN_GRACE_S: Final = 120.0
 """Beyond its duration, loadgen may take this long: its own start, and answers that are still out."""
 LOADGEN_INVALID: Final = 4
+STOP_GRACE_S: Final = 5.0
+SOCKET: Final = "msd.sock"
 SETTLE_S: Final = 0.5
 """The ledger shares out the last interval of the energy counter some moments after the last answer."""
 
@@ -68,59 +70,72 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the demo; exit 1 when no request was answered."""
     file, config = _configuration(options)
-    simulated = any(engine.kind != "vllm" for engine in config.engine)
     folder = Path(tempfile.mkdtemp(prefix="msd-demo-"))
-    endpoint = f"ipc://{folder}/msd.sock"
-    # The configuration names neither: a private socket and log folder, whatever else runs on this machine.
-    environ = {**os.environ, "MSD_ENDPOINT": endpoint, "RUNTIME_DIRECTORY": str(folder)}
     live = Live(sys.stderr if options.json else sys.stdout)
-    if simulated:
-        live.say(terminal.paint(demo_report.SIMULATED, "yellow"))
-    live.say(f"1. starting the daemon: msd serve --config {file}; logs in {folder}")
     _sigterm_ends_the_demo()
-    with Children() as children:
-        daemon = children.start("daemon", ["-m", "msd", "serve", "--config", str(file)], folder / "daemon.log", environ)
-        # Late: what comes before needs no socket.
-        from msd.client import Client
-
-        _await_socket(live, daemon, folder / "msd.sock", config)
-        with Client(endpoint) as client:
-            live.say(f"2. starting {len(config.engine)} engines, one after another")
-            ready = _await_engines(live, daemon, client)
-            live.say(f"3. firing {options.duration_s:g} s of bursty load over ZeroMQ: loadgen {options.load}")
-            report_file = folder / "report.json"
-            arguments = ["-m", "loadgen", "run", options.load, "--target", f"msd+{endpoint}"]
-            arguments += ["--duration-s", str(options.duration_s), "--json-out", str(report_file)]
-            if options.rate is not None:
-                arguments += ["--rate", str(options.rate)]
-            load = children.start("load generator", arguments, folder / "loadgen.log", environ)
-            _await_load(live, daemon, load, client, options.duration_s, ready)
-            time.sleep(SETTLE_S)
-            status = _ask(daemon, client)
-        live.say("4. stopping the daemon")
-        daemon.stop(config.daemon.drain_s + 5)
-    result = demo_report.Result(
-        report=demo_report.decode(report_file.read_bytes()), status=status, config=str(file), folder=str(folder)
-    )
+    try:
+        result = _perform(options, live, file, config, folder)
+    except KeyboardInterrupt:
+        live.say(f"   interrupted; all that was started is stopped, the logs stay in {folder}")
+        raise
     if options.json:
-        print(json.dumps({"simulated": simulated, **msgspec.to_builtins(result)}, ensure_ascii=False))
+        print(json.dumps({"simulated": result.status.simulated, **msgspec.to_builtins(result)}, ensure_ascii=False))
     else:
         print("\n".join(["", *demo_report.render(result)]))
     return EXIT_OK if demo_report.num_finished(result) else EXIT_NO
+
+
+def _perform(
+    options: argparse.Namespace, live: Live, file: Path, config: settings.Config, folder: Path
+) -> demo_report.Result:
+    """The four steps; every child process is gone afterwards, however they end."""
+    # Late: `msd check` and `msd version` need no socket.
+    from msd.client import Client
+
+    endpoint = f"ipc://{folder}/{SOCKET}"
+    # The configuration names neither: a private socket and log folder, whatever else runs on this machine.
+    environ = {**os.environ, "MSD_ENDPOINT": endpoint, "RUNTIME_DIRECTORY": str(folder)}
+    report_file = folder / "report.json"
+    if any(engine.kind != "vllm" for engine in config.engine):
+        live.say(terminal.paint(demo_report.SIMULATED, "yellow"))
+    with Children() as children:
+        live.say(f"1. starting the daemon: msd serve --config {file}; logs in {folder}")
+        serve = ["-m", "msd", "serve", "--config", str(file)]
+        daemon = children.start("daemon", serve, folder / "daemon.log", environ, tied=True)
+        _await_socket(live, daemon, folder / SOCKET, config)
+        with Client(endpoint) as client:
+            live.say(f"2. starting {len(config.engine)} engines, one after another")
+            _await_engines(live, daemon, client)
+            live.say(f"3. firing {options.duration_s:g} s of bursty load over ZeroMQ: loadgen {options.load}")
+            fire = ["-m", "loadgen", "run", options.load, "--target", f"msd+{endpoint}"]
+            fire += ["--duration-s", str(options.duration_s), "--json-out", str(report_file)]
+            if options.rate is not None:
+                fire += ["--rate", str(options.rate)]
+            load = children.start("load generator", fire, folder / "loadgen.log", environ)
+            _await_load(live, daemon, load, client, options.duration_s)
+            time.sleep(SETTLE_S)
+            status = _ask(daemon, client)
+        live.say("4. stopping the daemon")
+        daemon.stop(config.daemon.drain_s + STOP_GRACE_S)
+    report = demo_report.decode(report_file.read_bytes())
+    return demo_report.Result(report=report, status=status, config=str(file), folder=str(folder))
 
 
 def _configuration(options: argparse.Namespace) -> tuple[Path, settings.Config]:
     """The configuration file and what it says, so that a mistake in it is told before anything starts."""
     if options.config:
         file = settings.find(options.config)
-        return file, settings.load(file)
+        config = load_config(file)
+        if "ipc://" not in config.ingress.zmq.endpoints:
+            raise ConfigError(f"{file}: the demo brings a socket of its own", remedy='add "ipc://" to the endpoints')
+        return file, config
     testbed = importlib.util.find_spec("testbed")
     file = Path(testbed.origin or "").parent / ("demo-sim.toml" if options.sim else "demo.toml") if testbed else Path()
     file = _short(file)
     if not file.is_file():
         raise ConfigError("the demo needs the repository's testbed", remedy="run it in a checkout, or name a --config")
     try:
-        return file, settings.load(file)
+        return file, load_config(file)
     except ConfigError as error:
         raise ConfigError(str(error), remedy="`make testbed` makes the models of the demo") from error
 
@@ -184,7 +199,7 @@ class _Starts:
         )
 
 
-def _await_engines(live: Live, daemon: Child, client: Client) -> DaemonStatus:
+def _await_engines(live: Live, daemon: Child, client: Client) -> None:
     """Wait until every engine is warm or has failed to start; raise when none is warm."""
     starts = _Starts()
     deadline = time.monotonic() + ENGINES_S
@@ -204,16 +219,12 @@ def _await_engines(live: Live, daemon: Child, client: Client) -> DaemonStatus:
         raise EngineStartError("no engine is warm: " + "; ".join(starts.line(engine) for engine in down))
     for engine in down:
         live.say(terminal.paint(f"   going on without {engine.engine}: {starts.line(engine)}", "yellow"))
-    return status
 
 
-def _await_load(
-    live: Live, daemon: Child, load: Child, client: Client, duration_s: float, before: DaemonStatus
-) -> None:
+def _await_load(live: Live, daemon: Child, load: Child, client: Client, duration_s: float) -> None:
     """Show how the load goes until loadgen ends; raise when it could not do its work."""
     began = then = time.monotonic()
-    base = before.requests.get("submitted", 0)
-    submitted = base
+    submitted = 0
     while load.exit_code() is None:
         if time.monotonic() - began > duration_s + LOADGEN_GRACE_S:
             raise MsdError(f"loadgen did not end {LOADGEN_GRACE_S:g} s after its time", remedy=f"see {load.log}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TypeAlias
+
+from msd.config import Config, load
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What a command adds its parser to; argparse has no public name for it."""
@@ -14,6 +17,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="configuration (else $MSD_CONFIG, ./config.toml, /etc/msd/config.toml)"
     )
+
+
+def load_config(file: Path) -> Config:
+    """The configuration in `file`, checked with all that is known on this machine. Raises ConfigError."""
+    # Late: `msd send` must not need what the engines' package may come to need. It reads vLLM's source, it does not
+    # import it.
+    from msd.engine.vllm_arguments import known_arguments
+
+    return load(file, engine_arguments=known_arguments())
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from msd import config as settings
-from msd.cli.options import Commands, add_config
+from msd.cli.options import Commands, add_config, load_config
 
 
 def add_to(commands: Commands) -> None:
@@ -22,7 +22,7 @@ def add_to(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal says to stop; returns the daemon's exit code."""
     file = settings.find(options.config)
-    config = settings.load(file)
+    config = load_config(file)
     # Late: the daemon brings the event loop, the sockets and, if the configuration says so, vLLM.
     from msd.daemon import serve
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -44,11 +44,12 @@ def find(explicit: str | Path | None = None, environ: Mapping[str, str] = os.env
     )
 
 
-def load(path: str | Path | None = None) -> Config:
+def load(path: str | Path | None = None, *, engine_arguments: Collection[str] = ()) -> Config:
     """The configuration from `path`, or from where `find` finds it.
 
-    Relative paths inside it count from its folder. Raises InvalidConfigError with every problem, or ConfigError when
-    the file cannot be read.
+    Relative paths inside it count from its folder. `engine_arguments`: names that an engine's `args` may have, from
+    whoever knows the installed vLLM; empty = they are not looked at. Raises InvalidConfigError with every problem, or
+    ConfigError when the file cannot be read.
     """
     file = find(path)
     try:
@@ -63,10 +64,12 @@ def load(path: str | Path | None = None) -> Config:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InvalidConfigError(str(file), [Problem(field="", message="is not UTF-8", line=line)]) from error
-    return parse(text, file=str(file), base_dir=file.parent)
+    return parse(text, file=str(file), base_dir=file.parent, engine_arguments=engine_arguments)
 
 
-def parse(text: str, *, file: str, base_dir: Path, look_at_files: bool = True) -> Config:
+def parse(
+    text: str, *, file: str, base_dir: Path, look_at_files: bool = True, engine_arguments: Collection[str] = ()
+) -> Config:
     """The configuration that `text` says. `look_at_files=False` leaves out whether the paths in it exist.
 
     Raises InvalidConfigError, which names `file`, with every problem.
@@ -86,9 +89,11 @@ def parse(text: str, *, file: str, base_dir: Path, look_at_files: bool = True) -
         config = reader.read(document)
         if not reader.problems:
             raise AssertionError("msgspec refuses what the reader accepts") from error
-    for path, value, message in tuple(rules.findings(config, base_dir, look_at_files=look_at_files)):
+    unreadable = frozenset(reader.broken)
+    found = rules.findings(config, base_dir, look_at_files=look_at_files, engine_arguments=engine_arguments)
+    for path, value, message in found:
         # What rests on a value that is wrong itself would be a second report of one mistake.
-        if not any(path[: len(broken)] == broken for broken in reader.broken):
+        if not any(path[: len(broken)] == broken for broken in unreadable):
             reader.report(path, message, value)
     if reader.problems:
         raise InvalidConfigError(file, reader.problems)

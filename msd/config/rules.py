@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import get_args
 
 from msd.config.positions import Path
-from msd.config.problems import ABSENT, nearest
+from msd.config.problems import ABSENT, close, nearest
 from msd.config.schema import POLICY_NAMES, Config, EngineConfig, ZmqIngressConfig
 from msd.domain import ServiceClass
 
@@ -19,13 +19,18 @@ MAX_SOCKET_PATH_BYTES = 107
 """Linux: `sun_path` has 108 bytes with its closing zero; libzmq refuses a longer one at bind."""
 
 
-def findings(config: Config, base_dir: FilePath, *, look_at_files: bool) -> Iterator[Finding]:
-    """Everything that is wrong with `config`, whose relative paths count from `base_dir`."""
+def findings(
+    config: Config, base_dir: FilePath, *, look_at_files: bool, engine_arguments: Collection[str]
+) -> Iterator[Finding]:
+    """Everything that is wrong with `config`, whose relative paths count from `base_dir`.
+
+    `engine_arguments`: names that an engine's `args` may have; empty = they are not looked at.
+    """
     yield from _unique("tenant", [tenant.name for tenant in config.tenant])
     yield from _unique("model", [model.name for model in config.model])
     yield from _unique("engine", [engine.name for engine in config.engine])
     yield from _tenants(config)
-    yield from _engines(config)
+    yield from _engines(config, engine_arguments)
     yield from _policy(config)
     yield from _limits(config)
     yield from _endpoints(config.ingress.zmq)
@@ -48,7 +53,7 @@ def _tenants(config: Config) -> Iterator[Finding]:
                 yield ("tenant", index, "uids", position), uid, f"this user id is tenant `{owner}` already"
 
 
-def _engines(config: Config) -> Iterator[Finding]:
+def _engines(config: Config, engine_arguments: Collection[str]) -> Iterator[Finding]:
     models = {model.name for model in config.model if model.name}
     if not config.engine:
         yield ("engine",), ABSENT, "there is no [[engine]]: nothing could serve a request"
@@ -60,28 +65,31 @@ def _engines(config: Config) -> Iterator[Finding]:
                 f"no [[model]] has this name; {nearest(engine.model, models)}",
             )
         if engine.kind == "vllm":
-            yield from _vllm_engine(("engine", index), engine)
+            yield from _vllm_engine(("engine", index), engine, engine_arguments)
         elif engine.kind == "sim" and engine.sim.max_model_len > engine.sim.kv_capacity_tokens:
             most = engine.sim.kv_capacity_tokens
             message = f"must be at most kv_capacity_tokens ({most:,}), or the longest request could never run"
             yield ("engine", index, "sim", "max_model_len"), engine.sim.max_model_len, message
 
 
-def _vllm_engine(path: Path, engine: EngineConfig) -> Iterator[Finding]:
+def _vllm_engine(path: Path, engine: EngineConfig, engine_arguments: Collection[str]) -> Iterator[Finding]:
     speculates = bool(engine.args.get("speculative_config"))
     if speculates and engine.speculation == "none":
         message = "set speculation too (`ngram` or `draft`): policies go by it"
         yield (*path, "args", "speculative_config"), ABSENT, message
     elif engine.speculation != "none" and not speculates:
         yield (*path, "speculation"), engine.speculation, "args.speculative_config is missing: nothing would speculate"
-    for argument, setting in SET_BY_MSD.items():
-        if argument in engine.args:
-            yield (*path, "args", argument), engine.args[argument], f"msd sets this; say {setting} instead"
+    for argument, value in engine.args.items():
+        if argument in SET_BY_MSD:
+            yield (*path, "args", argument), value, f"msd sets this; say {SET_BY_MSD[argument]} instead"
+        elif engine_arguments and argument not in engine_arguments:
+            meant = close(argument, engine_arguments)
+            remedy = f"did you mean `{meant}`?" if meant else "its documentation lists them as engine arguments"
+            yield (*path, "args", argument), value, f"the installed vLLM has no such argument; {remedy}"
 
 
 SET_BY_MSD = {
     "model": "`path` of the [[model]], or `weights` of the [[engine]],",
-    "tokenizer": "`tokenizer` of the [[model]]",
     "max_num_seqs": "`max_num_seqs` of the [[engine]]",
     "enable_prefix_caching": "`prefix_caching` of the [[engine]]",
 }

@@ -17,7 +17,7 @@ import pytest
 from msd.cli.children import Children
 from msd.cli.status import read
 from msd.client import Client
-from msd.errors import EXIT_INTERRUPTED, EXIT_NO, EXIT_OK, EXIT_UNREACHABLE
+from msd.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_NO, EXIT_OK, EXIT_UNREACHABLE
 from msd.wire import Done
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,7 +239,7 @@ def test_ctrl_c_stops_the_demo_and_all_its_children(stage: str) -> None:
     finally:
         process.kill()
     assert process.returncode == EXIT_INTERRUPTED
-    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+    assert [pid for pid in children if is_alive(pid)] == []
 
 
 def descendants(pid: int) -> list[int]:
@@ -247,12 +247,47 @@ def descendants(pid: int) -> list[int]:
     return children + [below for child in children for below in descendants(child)]
 
 
+def is_alive(pid: int) -> bool:
+    """Whether the process is there and no zombie that nobody has reaped yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.slow
+def test_nothing_survives_a_killed_demo() -> None:
+    process = demo()
+    assert process.stdout is not None
+    try:
+        while not process.stdout.readline().startswith("3. firing"):
+            assert process.poll() is None
+        children = descendants(process.pid)
+        assert len(children) >= 1
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in children if is_alive(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 def test_a_demo_whose_daemon_cannot_start_shows_the_daemons_last_lines(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("no tokenizer")
     file = tmp_path / "config.toml"
-    file.write_text(ENGINES + '[ingress.zmq]\nendpoints = ["ipc:///proc/nowhere/msd.sock"]\n')
-    done = subprocess.run(
-        [*MSD, "demo", "--config", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )  # fmt: skip
+    file.write_text(ENGINES.replace('[[model]]\nname = "m"', '[[model]]\nname = "m"\npath = "."'))
+    done = subprocess.run([*MSD, "demo", "--config", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode != EXIT_OK
-    assert "the daemon ended with exit code" in done.stderr
-    assert "/proc/nowhere" in done.stderr
+    assert "msd: the daemon ended with exit code 78; its last lines" in done.stderr
+    assert "tokenizer" in done.stderr
+
+
+def test_the_demo_needs_a_place_for_its_own_socket(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(ENGINES + '[ingress.zmq]\nendpoints = ["ipc:///run/elsewhere.sock"]\n')
+    done = subprocess.run([*MSD, "demo", "--config", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == EXIT_CONFIG
+    assert 'add "ipc://" to the endpoints' in done.stderr

@@ -18,6 +18,8 @@ from msd.config import __main__ as docs_command
 from msd.config.docs import reference_page
 from msd.config.positions import lines_of
 from msd.config.read import annotations_of, sections
+from msd.config.rules import SET_BY_MSD
+from msd.engine.vllm_arguments import OWN
 from msd.errors import EXIT_CONFIG, EXIT_NO, EXIT_OK, ConfigError
 from msd.policy import POLICIES
 
@@ -301,6 +303,21 @@ def test_model_folders_are_looked_for_beside_the_file(tmp_path: Path) -> None:
 def test_engine_recipes_that_contradict_themselves(tmp_path: Path, more: str, field: str) -> None:
     problem = only_problem(vllm_engine(tmp_path, more), tmp_path)
     assert (problem.field, problem.line) == (field, 7)
+
+
+def test_arguments_that_the_installed_vllm_lacks(tmp_path: Path) -> None:
+    text = vllm_engine(tmp_path, "args = { max_model_len = 64, max_modle_len = 64 }")
+    known = {"max_model_len", "dtype"}
+    with pytest.raises(InvalidConfigError) as caught:
+        parse(text, file="x", base_dir=tmp_path, engine_arguments=known)
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.line) == ("engine[0].args.max_modle_len", 7)
+    assert "did you mean `max_model_len`?" in problem.message
+    assert read(text, tmp_path).engine[0].args["max_modle_len"] == 64, "unchecked where nobody knows the names"
+
+
+def test_engine_and_configuration_agree_on_what_msd_sets() -> None:
+    assert set(SET_BY_MSD) == set(OWN)
 
 
 # --- where the file is looked for ------------------------------------------------------------------------------------
