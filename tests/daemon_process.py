@@ -18,12 +18,14 @@ drain_s = {drain_s}
 run_dir = "{folder}/run"
 [ingress.zmq]
 endpoints = ["ipc://{folder}/msd.sock"]
+"""
+
+TOY = """
 [[model]]
 name = "toy"
 """
 
-NOOP = """
-[[engine]]
+NOOP = f"""{TOY}[[engine]]
 name = "noop"
 model = "toy"
 kind = "noop"
@@ -31,19 +33,18 @@ kind = "noop"
 name = "round_robin"
 """
 
-SIM = """
-[[engine]]
+SIM = f"""{TOY}[[engine]]
 name = "fast"
 model = "toy"
 kind = "sim"
 max_num_seqs = 4
-sim = { step_ms = 2.0, prefill_ms_per_token = 0.01, decode_ms_per_request = 0.1, start_s = 0.05 }
+sim = {{ step_ms = 2.0, prefill_ms_per_token = 0.01, decode_ms_per_request = 0.1, start_s = 0.05 }}
 [[engine]]
 name = "slow"
 model = "toy"
 kind = "sim"
 max_num_seqs = 4
-sim = { step_ms = 20.0, prefill_ms_per_token = 0.05, decode_ms_per_request = 0.5, start_s = 0.05 }
+sim = {{ step_ms = 20.0, prefill_ms_per_token = 0.05, decode_ms_per_request = 0.5, start_s = 0.05 }}
 [policy]
 name = "round_robin"
 """
