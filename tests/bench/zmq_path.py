@@ -16,7 +16,7 @@ import zmq
 from tests.bench import producers
 from tests.bench.harness import Options, Peer, Row, cpu_s, row, say
 from tests.bench.producers import Figures, Work
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import TOY, DaemonProcess
 
 TARGET = "zmq_path"
 WINDOW = 256
@@ -58,7 +58,7 @@ probe = "none"
 @contextmanager
 def daemon_of(body: str) -> Iterator[DaemonProcess]:
     """A daemon with these engines, in a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="msd-bench-") as folder, DaemonProcess(Path(folder), body) as daemon:
+    with tempfile.TemporaryDirectory(prefix="msd-bench-") as folder, DaemonProcess(Path(folder), TOY + body) as daemon:
         yield daemon
 
 
