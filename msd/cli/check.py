@@ -42,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
             raise
         # Without the program's name in front: editors and terminals make links of `file:line:`.
         print(error, file=sys.stderr)
-        terminal.complain(f"{len(error.problems)} errors in {error.file}")
+        count = len(error.problems)
+        terminal.complain(f"{count} error{'s' if count > 1 else ''} in {error.file}")
         return error.exit_code
     resolved = plain(config)
     if options.json:

@@ -74,8 +74,6 @@ def parse(
 
     Raises InvalidConfigError, which names `file`, with every problem.
     """
-    # As tomllib does: else its line numbers and ours could differ.
-    text = text.replace("\r\n", "\n")
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
