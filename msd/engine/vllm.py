@@ -49,9 +49,9 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     CPU_KV_VARIABLE: "1",
 }
-"""On a CPU: engines with two spinning OpenMP threads each made four engines 3 times slower on 2 cores. Numba counts too:
-ngram speculation starts its OpenMP layer, which raises torch's threads to the number of cores; on busy cores a token
-then took 21-80 ms instead of 1.4."""
+"""On a CPU: engines with two spinning OpenMP threads each made four engines 3 times slower on 2 cores. Numba counts
+too: ngram speculation starts its OpenMP layer, which raises torch's threads to the number of cores; on busy cores a
+token then took 21-80 ms instead of 1.4."""
 WATCH_INTERVAL_S = 0.2
 WARM_UP_ROUNDS = 3
 WARM_UP_PROMPT_TOKENS = 32
@@ -77,8 +77,9 @@ def import_vllm() -> str:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # the daemon has threads and sockets: it must not fork
     # Before any engine's environment is set: the tracker is the daemon's own, and lives as long as it.
     resource_tracker.ensure_running()
-    # Engines write to logs of their own; in this process vLLM's chatter would land between the daemon's lines.
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    # Engines write to logs of their own. In this process its chatter would land between the lines of the daemon, and
+    # its tracebacks say nothing that its exceptions do not.
+    logging.getLogger("vllm").setLevel(logging.CRITICAL)
     try:
         import vllm
         from vllm.v1.engine import async_llm  # noqa: F401
@@ -355,7 +356,7 @@ class VllmEngine:
 
 
 def _quieten() -> None:
-    """Let vLLM configure its logging now, once, so that no engine's start does it again; then ask for errors only."""
+    """Let vLLM configure its logging now, once, so that no start does it again; then silence it."""
     from vllm import logger
 
     configure = getattr(logger, "configure_logging_if_needed", None)
@@ -363,7 +364,7 @@ def _quieten() -> None:
         from vllm.config.logging import LoggingConfig
 
         configure(LoggingConfig())
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    logging.getLogger("vllm").setLevel(logging.CRITICAL)
 
 
 @contextmanager
