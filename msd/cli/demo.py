@@ -236,9 +236,10 @@ def _await_load(live: Live, daemon: Child, load: Child, client: Client, duration
         rate = (counts.get("submitted", 0) - submitted) / (now - then)
         then, submitted = now, counts.get("submitted", 0)
         not_done = sum(counts.get(name, 0) for name in ("rejected", "aborted", "failed"))
+        when = f"{now - began:3.0f} of {duration_s:g} s" if now - began <= duration_s else "last answers"
         in_flight = status.num_waiting + status.num_running
         line = (
-            f"   {now - began:3.0f} of {duration_s:g} s  {rate:5.1f} requests/s  in flight {in_flight:3}  "
+            f"   {when}  {rate:5.1f} requests/s  in flight {in_flight:3}  "
             f"answered {counts.get('delivered', 0):4}  not answered {not_done}"
         )
         modes = ", ".join(f"{mode.mode} {mode.num_decisions}" for mode in status.modes)

@@ -93,7 +93,10 @@ def _figures(result: Result) -> list[str]:
         # A simulated engine answers with filler: grading that would say nothing.
         rows = [[*row[:3], DASH, *row[4:]] for row in rows]
     head = ["mode", "requests", "share", "right", "TTFT ms", "TPOT ms", "E2EL ms", "tokens/s", "energy"]
-    return [*table(head, rows), paint("latencies are p50 / p95, counted from the intended send time", "dim")]
+    notes = ["latencies are p50 / p95, counted from the intended send time"]
+    if any(use.latencies.tpot_ms is not None and use.latencies.tpot_ms.p50 == 0 for use in report.modes):
+        notes.append("TPOT 0.0: most answers were so short that they came whole, in one message")
+    return [*table(head, rows), *(paint(note, "dim") for note in notes)]
 
 
 def _row(
