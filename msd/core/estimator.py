@@ -13,6 +13,7 @@ from __future__ import annotations
 from msd.domain import EngineInfo
 
 _LAMBDA = 0.995
+_FORGET = 1.0 / _LAMBDA
 _SPREAD = 100.0
 """P of a prior, and at most, relative to the square of the prediction: a prior counts a hundredth of an observation."""
 _FACTOR_MAX = 4.0
@@ -37,26 +38,35 @@ class Line:
         return y if y > _FLOOR_MS else _FLOOR_MS
 
     def learn(self, x: float, y: float) -> None:
-        predicted = self.at(x)
+        a, b, p00, p01, p11 = self.a, self.b, self.p00, self.p01, self.p11
+        predicted = a + b * x
+        if predicted < _FLOOR_MS:
+            predicted = _FLOOR_MS
         # Before the first observation the prior is only a guess; afterwards one outlier must not tear the line away.
         if self.n:
-            y = min(max(y, predicted / _FACTOR_MAX), predicted * _FACTOR_MAX)
-        scale = 1.0 / predicted
-        h0, h1 = scale, x * scale
-        error = (y - self.a - self.b * x) * scale
-        p00, p01, p11 = self.p00, self.p01, self.p11
+            if y > predicted * _FACTOR_MAX:
+                y = predicted * _FACTOR_MAX
+            elif y < predicted / _FACTOR_MAX:
+                y = predicted / _FACTOR_MAX
+        h0 = 1.0 / predicted
+        h1 = x * h0
         g0 = p00 * h0 + p01 * h1
         g1 = p01 * h0 + p11 * h1
         inverse = 1.0 / (_LAMBDA + h0 * g0 + h1 * g1)
         k0, k1 = g0 * inverse, g1 * inverse
-        self.a = max(0.0, self.a + k0 * error)
-        self.b = max(0.0, self.b + k1 * error)
+        error = (y - a - b * x) * h0
+        a += k0 * error
+        b += k1 * error
+        self.a = a if a > 0.0 else 0.0
+        self.b = b if b > 0.0 else 0.0
         most = _SPREAD * predicted * predicted
-        self.p00 = min((p00 - k0 * g0) / _LAMBDA, most)
-        self.p01 = (p01 - k0 * g1) / _LAMBDA
-        self.p11 = min((p11 - k1 * g1) / _LAMBDA, most)
-        if self.p01 * self.p01 > self.p00 * self.p11:
-            self.p01 = 0.0
+        p00 = (p00 - k0 * g0) * _FORGET
+        p01 = (p01 - k0 * g1) * _FORGET
+        p11 = (p11 - k1 * g1) * _FORGET
+        p00 = p00 if p00 < most else most
+        p11 = p11 if p11 < most else most
+        self.p00, self.p11 = p00, p11
+        self.p01 = p01 if p01 * p01 <= p00 * p11 else 0.0
         self.n += 1
 
 

@@ -22,6 +22,7 @@ class ModeBook:
         "load",
         "max_model_len",
         "mode",
+        "name",
         "num_decisions",
         "num_parked",
         "num_running",
@@ -32,6 +33,7 @@ class ModeBook:
 
     def __init__(self, mode: Mode, num_slots: int, max_model_len: int | None) -> None:
         self.mode = mode
+        self.name = mode.name
         self.num_slots = num_slots
         self.max_model_len = max_model_len
         """Longest prompt plus output; None until the engine has told it."""

@@ -35,13 +35,13 @@ class _Histogram:
         self.median = 0
         """Tokens; 0 until enough was seen."""
 
-    def add(self, num_tokens: int) -> None:
+    def add(self, index: int) -> None:
         self._weight /= _DECAY
         if self._weight > _RESCALE_AT:
             self._bins = [x / self._weight for x in self._bins]
             self._total /= self._weight
             self._weight = 1.0
-        self._bins[min(_BINS - 1, int(_BINS_PER_OCTAVE * log2(max(1, num_tokens)) + 0.5))] += self._weight
+        self._bins[index] += self._weight
         self._total += self._weight
         self._num += 1
         # The median moves slowly once there is a past; finding it is most of the cost.
@@ -74,19 +74,37 @@ class LengthLearner:
         """Expected output tokens, at most `max_tokens`; exactly that when EOS is ignored."""
         if request.ignore_eos:
             return request.max_tokens
-        for key in (cls, ("", *cls[1:])):
-            histogram = self._classes.get(key)
-            if histogram is not None and histogram.median:
-                return min(request.max_tokens, histogram.median)
-        return max(1, request.max_tokens // 2)
+        histogram = self._classes.get(cls)
+        if histogram is None or not histogram.median:
+            histogram = self._classes.get(_parent(cls))
+            if histogram is None or not histogram.median:
+                return max(1, request.max_tokens // 2)
+        return min(request.max_tokens, histogram.median)
 
     def learn(self, cls: LengthClass, num_tokens: int) -> None:
         """A request of this class ended by itself after `num_tokens`."""
-        for key in (cls, ("", *cls[1:])):
-            histogram = self._classes.pop(key, None)
-            if histogram is None:
-                if len(self._classes) >= _MAX_CLASSES:
-                    del self._classes[next(iter(self._classes))]
-                histogram = _Histogram()
-            self._classes[key] = histogram
-            histogram.add(num_tokens)
+        index = _BIN_OF[num_tokens] if num_tokens < len(_BIN_OF) else _bin_of(num_tokens)
+        self._histogram(cls).add(index)
+        self._histogram(_parent(cls)).add(index)
+
+    def _histogram(self, cls: LengthClass) -> _Histogram:
+        histogram = self._classes.pop(cls, None)
+        if histogram is None:
+            if len(self._classes) >= _MAX_CLASSES:
+                del self._classes[next(iter(self._classes))]
+            histogram = _Histogram()
+        self._classes[cls] = histogram
+        return histogram
+
+
+def _parent(cls: LengthClass) -> LengthClass:
+    """The same class of any tenant."""
+    return ("", cls[1], cls[2], cls[3])
+
+
+def _bin_of(num_tokens: int) -> int:
+    return min(_BINS - 1, int(_BINS_PER_OCTAVE * log2(max(1, num_tokens)) + 0.5))
+
+
+_BIN_OF = tuple(_bin_of(num_tokens) for num_tokens in range(4_096))
+"""The bins of usual lengths, looked up instead of computed."""

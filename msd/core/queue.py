@@ -94,6 +94,7 @@ class FairQueue:
 
     def __init__(self, class_weights: Mapping[ServiceClass, int], tenant_weights: Mapping[str, int]) -> None:
         self._classes = {name: _Class(class_weights.get(name, 1)) for name in SERVICE_CLASSES}
+        self._all = tuple(self._classes.values())
         self._tenant_weights = tenant_weights
         self._present = 0.0
         self.num_waiting = 0
@@ -130,14 +131,14 @@ class FairQueue:
 
     def pop(self, free: int, up: int) -> Entry | None:
         """Take the next entry, in fair order, that a mode of the bit set `free` may serve; None if there is none."""
-        classes = [cls for cls in self._classes.values() if cls.live]
-        if len(classes) > 1:
-            classes.sort(key=_by_virtual_time)
-        for cls in classes:
-            for kind in cls.kinds:
-                if _serves(kind, free, up):
-                    return self._pop_class(cls, free, up)
-        return None
+        first: _Class | None = None
+        for cls in self._all:
+            if cls.live and (first is None or cls.virtual_time < first.virtual_time):
+                for kind in cls.kinds:
+                    if _serves(kind, free, up):
+                        first = cls
+                        break
+        return None if first is None else self._pop_class(first, free, up)
 
     def charge(self, entry: Entry) -> None:
         """The entry that was just popped is served: its class and its tenant pay for its tokens."""
@@ -229,7 +230,3 @@ def _forget_idle(cls: _Class) -> None:
     cls.tenants = {name: tenant for name, tenant in cls.tenants.items() if tenant.live}
     cls.order = [(tenant.virtual_time, name) for name, tenant in cls.tenants.items()]
     heapify(cls.order)
-
-
-def _by_virtual_time(cls: _Class) -> float:
-    return cls.virtual_time

@@ -66,7 +66,7 @@ class Router:
                     some_in_time = True
             rate = estimate.mj_per_token
             energy_mj = None if rate is None else int(rate * need)
-            made.append(Candidate(book.mode.name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free))
+            made.append(Candidate(book.name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free))
         if slack_ms is not None and not some_in_time:
             # If the deadline alone masks all, late beats never: the policy chooses among them.
             made = [_lift_deadline(c) for c in made]
@@ -79,13 +79,13 @@ class Router:
             if arm >= 0 and candidates[arm].mask == 0:
                 return Choice(arm, 1.0, "asked for by the producer")
         for candidate in candidates:
-            if candidate.mask in (0, _SLOTS):
+            if not candidate.mask & ~_SLOTS:
                 break
         else:
             return None
         choice = self.policy.choose(features, candidates, self._rng)
         assert choice.arm >= 0, f"{self.policy.name} chose nothing"
-        assert candidates[choice.arm].mask in (0, _SLOTS), f"{self.policy.name} chose a masked mode"
+        assert not candidates[choice.arm].mask & ~_SLOTS, f"{self.policy.name} chose a masked mode"
         return choice
 
     def decide(

@@ -14,12 +14,18 @@ def least_loaded(candidates: Sequence[Candidate], arms: Iterable[int]) -> int:
 
     A candidate that lacks only a slot is feasible, after all those that have one: the request would wait for it.
     """
-    best, best_key = -1, (0, 0, 0)
+    best, best_mask, best_free, best_running = -1, _WAITS, 0, 0
     for arm in arms:
         c = candidates[arm]
-        if c.mask & ~_WAITS:
+        mask = c.mask
+        if mask & ~_WAITS:
             continue
-        key = (1 if c.mask == 0 else 0, c.num_free_slots, -c.num_running)
-        if best < 0 or key > best_key:
-            best, best_key = arm, key
+        if best >= 0:
+            if mask > best_mask:
+                continue
+            if mask == best_mask:
+                free = c.num_free_slots
+                if free < best_free or (free == best_free and c.num_running >= best_running):
+                    continue
+        best, best_mask, best_free, best_running = arm, mask, c.num_free_slots, c.num_running
     return best
