@@ -93,14 +93,16 @@ class _Answer:
 
 
 class _Account:
-    """Of one session: the answers it reads, how much of them waits for it (bytes), and whether it refused a Delta."""
+    """Of one session: the answers it reads, how much of them waits for it (bytes), whether it refused a Delta, and
+    which of its reads wait for it to resume, in the order in which they began to."""
 
-    __slots__ = ("blocked", "num_pending_bytes", "reads")
+    __slots__ = ("blocked", "num_pending_bytes", "reads", "waiting")
 
     def __init__(self) -> None:
         self.blocked = False
         self.num_pending_bytes = 0
         self.reads: dict[str, tuple[_Answer, _Reader]] = {}
+        self.waiting: dict[str, tuple[_Answer, _Reader]] = {}
 
 
 class Egress:
@@ -205,7 +207,7 @@ class Egress:
                 reader.num_pending_bytes > self._max_pending_bytes
                 or account.num_pending_bytes > self._max_session_bytes
             ) and not self._send_pending(answer, reader, account):
-                self._detach(reader, account)
+                self._detach(answer, reader, account)
         if not is_first:
             self._dirty[request_id] = answer
             self._schedule_flush()
@@ -257,7 +259,7 @@ class Egress:
                 continue
             # What a slow reader has not seen yet comes with its Done: the last Delta may not wait for credit.
             if not reader.detached and not self._send_pending(answer, reader, self._accounts[reader.session]):
-                self._detach(reader, self._accounts[reader.session])
+                self._detach(answer, reader, self._accounts[reader.session])
             reader.session.send(message_of(result, with_text=reader.detached, detached=reader.detached))
         self._forget(answer)
 
@@ -289,7 +291,7 @@ class Egress:
                 reader.num_pending_bytes > self._max_pending_bytes
                 or account.num_pending_bytes > self._max_session_bytes
             ):
-                self._detach(reader, account)
+                self._detach(answer, reader, account)
         return True
 
     def resume(self, session: Session) -> None:
@@ -298,9 +300,13 @@ class Egress:
         if account is None:
             return
         account.blocked = False
-        for answer, reader in account.reads.values():
-            if reader.num_pending_bytes and not self._send_pending(answer, reader, account):
+        # The one that has waited longest comes first, so that little credit still goes round.
+        while account.waiting:
+            request_id = next(iter(account.waiting))
+            answer, reader = account.waiting[request_id]
+            if not self._send_pending(answer, reader, account):
                 return
+            account.waiting.pop(request_id, None)
 
     def gone(self, session: Session) -> None:
         """Nobody reads there any more; the requests go on."""
@@ -348,6 +354,7 @@ class Egress:
         account = self._accounts[reader.session]
         account.num_pending_bytes -= reader.num_pending_bytes
         del account.reads[answer.request.request_id]
+        account.waiting.pop(answer.request.request_id, None)
         if not account.reads:
             del self._accounts[reader.session]
 
@@ -368,12 +375,14 @@ class Egress:
         num_pieces = len(answer.texts)
         if at == num_pieces:
             return True
+        request_id = answer.request.request_id
         if account.blocked:
+            account.waiting[request_id] = answer, reader
             return False
         start = answer.starts[at]
         last_only = at == num_pieces - 1
         delta = Delta(
-            request_id=answer.request.request_id,
+            request_id=request_id,
             attempt=answer.attempt,
             index=start,
             token_ids=tuple(answer.token_ids[start:]),
@@ -381,15 +390,18 @@ class Egress:
         )
         if not reader.session.send_delta(delta):
             account.blocked = True
+            account.waiting[request_id] = answer, reader
             return False
+        account.waiting.pop(request_id, None)
         reader.next_piece = num_pieces
         account.num_pending_bytes -= reader.num_pending_bytes
         reader.num_pending_bytes = 0
         self.num_deltas += 1
         return True
 
-    def _detach(self, reader: _Reader, account: _Account) -> None:
+    def _detach(self, answer: _Answer, reader: _Reader, account: _Account) -> None:
         reader.detached = True
+        account.waiting.pop(answer.request.request_id, None)
         account.num_pending_bytes -= reader.num_pending_bytes
         reader.num_pending_bytes = 0
         self.num_detached += 1

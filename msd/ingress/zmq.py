@@ -38,6 +38,8 @@ DRAIN_MESSAGES: Final = 256
 DRAIN_S: Final = 0.002
 """A drain takes this many messages or this long, then the loop's other work has its turn."""
 DISCARD_FRAMES: Final = 256
+RETRY_S_PER_SESSION: Final = 0.000_02
+"""A pass looks at every session that waits for room: the more there are, the rarer the passes."""
 TICK_S: Final = 0.1
 HOUSEKEEPING_S: Final = 1.0
 MISSED_AFTER_S: Final = 0.05
@@ -362,7 +364,8 @@ class ZmqIngress:
             session.retry_s = RETRY_MIN_S if self.num_sent > num_sent else min(session.retry_s * 2, RETRY_MAX_S)
             session.retry_at_s = now_s + session.retry_s
         if self._waiting:
-            self._schedule_retry(min(session.retry_at_s for session in self._waiting))
+            due_s = min(session.retry_at_s for session in self._waiting)
+            self._schedule_retry(max(due_s, now_s + RETRY_S_PER_SESSION * len(self._waiting)))
         else:
             self._nobody_waits.set()
 

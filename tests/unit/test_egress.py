@@ -206,6 +206,23 @@ def test_without_credit_tokens_wait_in_one_pending_delta() -> None:
     assert reader.deltas[1].text == "".join(f"{i} " for i in range(1, 10))
 
 
+def test_little_credit_goes_round() -> None:
+    turns = Turns()
+    egress = Egress(turns, LimitsConfig())
+    reader = Reader(credit=0)
+    for name in "abc":
+        egress.register(a_request(name), reader)
+        egress.started(name, "m", "d", 1, 0)
+        egress.chunk(name, 1, tokens(0))
+    for n in range(1, 7):
+        for name in "abc":
+            egress.chunk(name, 1, tokens(n))
+        turns.take()
+        reader.credit = 1
+        egress.resume(reader)
+    assert [delta.request_id for delta in reader.deltas] == ["a", "b", "c"] * 2
+
+
 def test_done_does_not_wait_for_credit() -> None:
     egress, turns, reader, request = opened(credit=1)
     for i in range(3):
