@@ -13,7 +13,7 @@ The model, which every figure that comes from here is labelled with (`simulated`
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import ceil, exp
+from math import ceil, exp, inf
 from random import Random
 
 from msd.domain import CounterReading, GpuView
@@ -51,6 +51,9 @@ class SimGpu:
         self._busy: dict[str, _Work] = {}
         self._now_us = float(now_us)
         self._v = 0.0
+        # Both follow from `_busy`, and are computed when it changes: this is asked far more often than it changes.
+        self._first_v = inf
+        self._power_w = idle_w
         self._energy_mj = 0.0
         self._power_average_w = idle_w
         self._busy_average = 0.0
@@ -78,13 +81,19 @@ class SimGpu:
         self._weights.pop(engine, None)
         self._listeners.pop(engine, None)
 
-    def start_work(self, engine: str, work_us: float, energy_mj: float, now_us: int) -> None:
-        """Put a piece of work in hand, which alone on the GPU would take `work_us`, in place of what is done."""
+    def start_work(self, engine: str, work_us: float, energy_mj: float, now_us: int) -> int:
+        """Put a piece of work in hand, which alone on the GPU would take `work_us`, in place of what is done.
+
+        Returns when it will be done, as `due_us` does.
+        """
         assert engine in self._weights, f"engine {engine} is not on the GPU"
         assert work_us > 0, "a piece of work takes time"
-        self._advance(now_us)
+        if self._now_us < now_us:
+            self._advance(now_us)
         self._busy[engine] = _Work(self._v, self._v + work_us, energy_mj / work_us)
+        self._busy_changed()
         self._tell_sharers(engine)
+        return self.due_us(engine, now_us)
 
     def shorten_work(self, engine: str, work_us: float, now_us: int) -> None:
         """Let the work in hand end after `work_us` in all; what is done already stays done."""
@@ -92,11 +101,13 @@ class SimGpu:
         work = self._busy.get(engine)
         if work is not None:
             work.target_v = max(self._v, min(work.target_v, work.start_v + work_us))
+            self._busy_changed()
 
     def end_work(self, engine: str, now_us: int) -> None:
         """The engine is idle from now on. Idempotent."""
         self._advance(now_us)
         if self._busy.pop(engine, None) is not None:
+            self._busy_changed()
             self._tell_sharers(engine)
 
     def done_us(self, engine: str, now_us: int) -> float | None:
@@ -107,7 +118,8 @@ class SimGpu:
 
     def due_us(self, engine: str, now_us: int) -> int:
         """When the work in hand will be done if the shares stay as they are; now, when it is done."""
-        self._advance(now_us)
+        if self._now_us < now_us:
+            self._advance(now_us)
         work = self._busy.get(engine)
         if work is None:
             return now_us
@@ -131,7 +143,7 @@ class SimGpu:
             memory_used_bytes=used,
             memory_free_bytes=self.memory_bytes - used,
             memory_reserved_bytes=0,
-            power_instant_w=self._power_w(),
+            power_instant_w=self._power_w,
             power_average_w=self._power_average_w,
             sm_util=self._busy_average,
             energy_mj=self._counter_mj,
@@ -149,14 +161,23 @@ class SimGpu:
         self._advance(now_us)
         return self._energy_mj
 
-    def _power_w(self) -> float:
-        if not self._busy:
-            return self.idle_w
-        drawn_mj_per_us = sum(work.mj_per_us for work in self._busy.values()) / len(self._busy)
-        return self.idle_w + drawn_mj_per_us * 1_000  # mJ/us = kW
+    def _busy_changed(self) -> None:
+        busy = self._busy
+        if not busy:
+            self._first_v, self._power_w = inf, self.idle_w
+            return
+        first_v, drawn_mj_per_us = inf, 0.0
+        for work in busy.values():
+            drawn_mj_per_us += work.mj_per_us
+            if work.target_v < first_v:
+                first_v = work.target_v
+        self._first_v = first_v
+        self._power_w = self.idle_w + drawn_mj_per_us / len(busy) * 1_000  # mJ/us = kW
 
     def _tell_sharers(self, cause: str) -> None:
         num_sharers = len(self._busy)
+        if num_sharers == 1 and cause in self._busy:
+            return
         # A copy: a listener asks `due_us`, which may find further work done.
         for engine, work in tuple(self._busy.items()):
             if engine != cause and work.num_sharers != num_sharers:
@@ -165,29 +186,28 @@ class SimGpu:
     def _advance(self, now_us: int) -> None:
         """Bring all books to `now_us`, stopping at each end of work on the way; a time in the past is now."""
         while self._now_us < now_us:
-            until_us = float(now_us)
-            num_busy = len(self._busy)
-            if num_busy:
-                first_v = min(work.target_v for work in self._busy.values())
-                until_us = min(until_us, self._now_us + (first_v - self._v) * num_busy)
-            self._elapse(until_us)
+            first_us = self._now_us + (self._first_v - self._v) * len(self._busy) if self._busy else inf
+            self._elapse(first_us if first_us < now_us else float(now_us))
+            if self._first_v <= self._v + 1e-6:
+                reached_v = self._v + 1e-6
+                for engine in [engine for engine, work in self._busy.items() if work.target_v <= reached_v]:
+                    del self._busy[engine]
+                self._busy_changed()
 
     def _elapse(self, until_us: float) -> None:
-        num_busy = len(self._busy)
         span_us = until_us - self._now_us
-        power_w = self._power_w()
+        power_w = self._power_w
         mj_per_us = power_w / 1_000
         if until_us >= self._tick_us:
             last_tick_us = self._tick_us + int((until_us - self._tick_us) // self._period_us) * self._period_us
             self._counter_mj = int(self._energy_mj + mj_per_us * (last_tick_us - self._now_us))
             self._tick_us = last_tick_us + self._period_us
         self._energy_mj += mj_per_us * span_us
-        if num_busy:
-            self._v += span_us / num_busy
         weight = 1.0 - exp(-span_us / AVERAGE_TAU_US)
         self._power_average_w += (power_w - self._power_average_w) * weight
-        self._busy_average += ((1.0 if num_busy else 0.0) - self._busy_average) * weight
+        if self._busy:
+            self._v += span_us / len(self._busy)
+            self._busy_average += (1.0 - self._busy_average) * weight
+        else:
+            self._busy_average -= self._busy_average * weight
         self._now_us = until_us
-        done = [engine for engine, work in self._busy.items() if work.target_v <= self._v + 1e-6]
-        for engine in done:
-            del self._busy[engine]

@@ -139,6 +139,7 @@ class SimEngine:
         self._jump_step_us = 0.0
         self._emit_us = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # known from `start` on
         self._state = _State.NEW
         self._hung = False
         self._exit: asyncio.Future[tuple[ExitKind, str]] | None = None
@@ -148,11 +149,12 @@ class SimEngine:
     async def start(self) -> EngineInfo:
         """Take memory on the GPU and come up after `start_s`. Raises EngineStartError when the weights do not fit."""
         sim = self._sim
-        if not self._gpu.attach(self.name, sim.weights_bytes, self._set_timer):
+        if not self._gpu.attach(self.name, sim.weights_bytes, self._share_changed):
             free = self._gpu.memory_bytes - self._gpu.memory_used_bytes
             line = f"out of memory: {sim.weights_bytes} bytes of weights, {free} bytes are free on the simulated GPU"
             raise EngineStartError(f"engine {self.name} did not start: {line}", last_lines=(line,))
-        self._exit = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._exit = self._loop.create_future()
         await asyncio.sleep(sim.start_s)
         if self._state is not _State.NEW:
             raise EngineStartError(f"engine {self.name} was stopped while it started")
@@ -182,7 +184,8 @@ class SimEngine:
                 if run.ready == run.sent:
                     run.waiter = loop.create_future()
                     await run.waiter
-                self._check_up()
+                if self._state is not _State.UP:
+                    self._check_up()
                 chunk = run.next_chunk(self._filler_ids, self._filler_text)
                 yield chunk
                 if chunk.finish_reason is not None:
@@ -306,8 +309,8 @@ class SimEngine:
             sim.step_mj * steps + sim.prefill_mj_per_token * num_prefill_tokens + sim.decode_mj_per_token * num_decoded
         )
         noise = max(0.0, self._rng.gauss(1.0, ENERGY_NOISE / sqrt(steps)))
-        self._gpu.start_work(self.name, self._jump_step_us * steps, energy_mj * noise, now_us)
-        self._set_timer()
+        due_us = self._gpu.start_work(self.name, self._jump_step_us * steps, energy_mj * noise, now_us)
+        self._set_timer(due_us, now_us)
 
     def _take_in(self) -> list[_Run]:
         newcomers: list[_Run] = []
@@ -348,25 +351,31 @@ class SimEngine:
             if steps < self._jump_steps:
                 self._jump_steps = steps
                 self._gpu.shorten_work(self.name, self._jump_step_us * steps, now_us)
-                self._set_timer()
+                self._set_timer(self._gpu.due_us(self.name, now_us), now_us)
 
-    def _set_timer(self) -> None:
-        """Wake when the work in hand is due; called again whenever the GPU's shares change."""
+    def _share_changed(self) -> None:
+        """Other engines got busy or idle: the work in hand is due at another time."""
+        now_us = self._clock.now_us()
+        self._set_timer(self._gpu.due_us(self.name, now_us), now_us)
+
+    def _set_timer(self, due_us: int, now_us: int) -> None:
+        """Wake when the work in hand is due."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._state is _State.UP and not self._hung and self._jump_steps:
-            now_us = self._clock.now_us()
+            assert self._loop is not None, "work before start()"
             # Half a microsecond late on purpose: loops keep time in floats, and must not wake us just before.
-            delay_s = (self._gpu.due_us(self.name, now_us) - now_us + 0.5) / 1e6
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
+            self._timer = self._loop.call_later((due_us - now_us + 0.5) / 1e6, self._on_timer)
 
     def _on_timer(self) -> None:
+        self._timer = None
         if self._hung:
             return
         now_us = self._clock.now_us()
-        if self._gpu.due_us(self.name, now_us) > now_us:
-            self._set_timer()
+        due_us = self._gpu.due_us(self.name, now_us)
+        if due_us > now_us:
+            self._set_timer(due_us, now_us)
             return
         self._end_jump(now_us)
         self._begin_jump(now_us)
