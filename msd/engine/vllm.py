@@ -158,6 +158,8 @@ class VllmEngine:
             # Asked again: an engine may have started further processes since it came up.
             self._processes |= await loop.run_in_executor(None, processes.tree_of, self._cores)
             await loop.run_in_executor(None, self._shut_down, llm)
+            await asyncio.sleep(0)  # vLLM has its sockets closed by a callback of the loop
+            await loop.run_in_executor(None, _destroy_context, llm)
         left = await loop.run_in_executor(None, processes.end, self._processes, STOP_GRACE_S, KILL_S)
         if left:
             pids = sorted(process.pid for process in left)
@@ -224,7 +226,11 @@ class VllmEngine:
         before = self._children_before = processes.children_of(me)
         try:
             with _environment(self._child_environment()):
-                return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._make_stat_logger])
+                llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._make_stat_logger])
+                # The gauges come from the EngineCore's scheduler. vLLM's own statistics of each token, which nobody
+                # reads here, took a quarter of this process's CPU per token (19.6 -> 14.9 us at 32 streams).
+                llm.log_stats = llm.output_processor.log_stats = False
+                return llm
         except Exception as error:  # as in `generate`
             raise EngineError(f"{type(error).__name__}: {error}") from error
         finally:
@@ -409,6 +415,13 @@ def _sampling_params(sampling: Sampling, max_tokens: int) -> SamplingParams:
         output_kind=RequestOutputKind.DELTA,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _destroy_context(llm: AsyncLLM) -> None:
+    """End the ZeroMQ context that vLLM leaves to the garbage collector, with two threads of its own."""
+    context = getattr(getattr(llm.engine_core, "resources", None), "ctx", None)
+    if context is not None:
+        context.destroy(linger=0)
 
 
 def _is_cpu() -> bool:
