@@ -62,6 +62,7 @@ class ClientSession:
         "_num_unfinished",
         "_outbox",
         "closed",
+        "descriptor",
         "greeted",
         "identity",
         "last_heard_s",
@@ -82,6 +83,7 @@ class ClientSession:
         self.tenant = tenant
         self.peer = peer
         self.closed = False
+        self.descriptor: tuple[int, int] | None = None
         self.greeted = False
         self.told_version = False
         self.wants_room = False

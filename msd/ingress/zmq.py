@@ -18,6 +18,7 @@ from zmq.utils import z85
 
 from msd.config import LimitsConfig, TenantConfig, ZmqIngressConfig
 from msd.errors import ConfigError, IngressError
+from msd.ingress import flood
 from msd.ingress.addresses import Address, make_room, plan, read_secret_key, remove_socket, socket_umask
 from msd.ingress.desk import Desk, Greeting
 from msd.ingress.sessions import RETRY_MAX_S, RETRY_MIN_S, ClientSession, Delivery
@@ -83,6 +84,7 @@ class ZmqIngress:
         self._draining_now = False
         self._discarding = False
         self._last_drain_s = 0.0
+        self._flood_guard = flood.FloodGuard(flood.FLOOD_BYTES)
         self._socket_files: list[tuple[str, int]] = []
         self.endpoints: tuple[str, ...] = ()
         """What was bound, with the port where the configuration left it open."""
@@ -91,6 +93,7 @@ class ZmqIngress:
         self.num_gone = 0
         self.num_missed_edges = 0
         self.num_discarded_frames = 0
+        self.num_floods = 0
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -177,6 +180,7 @@ class ZmqIngress:
             "num_gone": self.num_gone,
             "num_missed_edges": self.num_missed_edges,
             "num_discarded_frames": self.num_discarded_frames,
+            "num_floods": self.num_floods,
             "num_sessions": len(self._desk.sessions),
             "num_waiting_for_room": len(self._waiting),
         }
@@ -263,6 +267,8 @@ class ZmqIngress:
             frame = router.recv(_NOBLOCK, copy=False)
             version = frame.bytes
             session = self._desk.admit(identity, _property(frame, "User-Id"), _property(frame, "Peer-Address"), now_s)
+            if session is not None:
+                session.descriptor = _descriptor(frame)
         else:
             version = router.recv(_NOBLOCK)
         if not router.getsockopt(_RCVMORE):
@@ -276,6 +282,7 @@ class ZmqIngress:
             if session is not None:
                 self._desk.misframed(session, version, "more", now_s)
         elif session is not None:
+            self._flood_guard.delivered(len(payload))
             self._desk.receive(session, version, payload, now_s)
         return True
 
@@ -391,6 +398,8 @@ class ZmqIngress:
             self.num_missed_edges += 1
             _log.warning("zmq_edge_missed", total=self.num_missed_edges)
         self._on_zap()
+        if self._flood_guard.is_flooded(flood.resident_bytes(), now_s):
+            self._on_flood(now_s)
         if now_s >= self._next_housekeeping_s:
             self._next_housekeeping_s = now_s + HOUSEKEEPING_S
             self._desk.expire(now_s)
@@ -398,6 +407,25 @@ class ZmqIngress:
                 self._desk.close_tenants(self._keyring.refresh())
             except ConfigError as error:
                 _log.error("curve_keys_unreadable", error=str(error))
+
+    def _on_flood(self, now_s: float) -> None:
+        spared = frozenset(
+            session.descriptor
+            for session in self._desk.sessions.values()
+            if session.descriptor is not None and now_s - session.last_heard_s < flood.LATELY_S
+        )
+        num_cut = self._flood_guard.cut_off(self.endpoints, spared)
+        if num_cut:
+            self.num_floods += 1
+            _log.error("flood", why="memory grows without messages", num_cut_off=num_cut, num_spared=len(spared))
+
+
+def _descriptor(frame: zmq.Frame) -> flood.Peer | None:
+    """The connection that a frame came over. SRCFD is deprecated; without it nobody is spared for what it delivered."""
+    try:
+        return flood.peer_of(int(frame.get(zmq.SRCFD)))
+    except zmq.ZMQError:
+        return None
 
 
 def _property(frame: zmq.Frame, name: str) -> str:

@@ -21,6 +21,7 @@ from zmq.utils.monitor import recv_monitor_message
 from msd import wire
 from msd.config import LimitsConfig, TenantConfig, ZmqIngressConfig
 from msd.errors import ConfigError, IngressError, MsdError
+from msd.ingress import flood
 from tests.contract.front_door import TIMEOUT_S, Door, Producer, open_door
 
 
@@ -334,21 +335,64 @@ def test_a_peer_of_zmtp_1_is_refused(door: Door) -> None:
 
 def test_a_peer_cannot_give_itself_a_tenant(config: ZmqIngressConfig) -> None:
     """READY may carry any properties, also those that the daemon reads; libzmq keeps the handler's word."""
-
-    def property_of(name: bytes, value: bytes) -> bytes:
-        return bytes([len(name)]) + name + struct.pack(">I", len(value)) + value
-
     tenants = (TenantConfig(name="rich", uids=(4_000_000_000,)), TenantConfig(name="me", uids=(os.getuid(),)))
-    with open_door(config, tenants=tenants) as door, raw_connection(door) as raw:
-        ready = b"\x05READY" + property_of(b"Socket-Type", b"DEALER")
-        ready += property_of(b"User-Id", b"rich") + property_of(b"Peer-Address", b"localhost:4000000000:0:1")
-        raw.sendall(GREETING_3 + b"\x04" + bytes([len(ready)]) + ready)
-        receive_until(raw, b"READY")
-        payload = wire.encode(wire.Hello(client="liar"))
-        raw.sendall(b"\x01\x04msd1" + b"\x00" + bytes([len(payload)]) + payload)
+    lies = (property_of(b"User-Id", b"rich"), property_of(b"Peer-Address", b"localhost:4000000000:0:1"))
+    with open_door(config, tenants=tenants) as door, zmtp_connection(door, *lies) as raw:
+        raw.sendall(zmtp_message(wire.Hello(client="liar")))
         received = receive_until(raw, b"welcome")
         assert b"\xa6tenant\xa2me" in received
         assert b"rich" not in received
+
+
+def property_of(name: bytes, value: bytes) -> bytes:
+    return bytes([len(name)]) + name + struct.pack(">I", len(value)) + value
+
+
+def zmtp_connection(door: Door, *properties: bytes) -> socket.socket:
+    """A hand-made peer of ZMTP 3 that has shaken hands."""
+    raw = raw_connection(door)
+    ready = b"\x05READY" + property_of(b"Socket-Type", b"DEALER") + b"".join(properties)
+    raw.sendall(GREETING_3 + b"\x04" + bytes([len(ready)]) + ready)
+    receive_until(raw, b"READY")
+    return raw
+
+
+def zmtp_message(message: wire.ClientMessage) -> bytes:
+    payload = wire.encode(message)
+    return b"\x01\x04msd1" + b"\x00" + bytes([len(payload)]) + payload
+
+
+def test_a_message_without_end_is_cut_off_and_honest_clients_are_served(
+    config: ZmqIngressConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the use of libzmq's descriptors, too: SRCFD is deprecated."""
+    limit_bytes = 64 * 1024 * 1024
+    monkeypatch.setattr(flood, "FLOOD_BYTES", limit_bytes)
+    with open_door(config) as door, Producer(door.endpoint) as busy, Producer(door.endpoint) as idle:
+        descriptors = door.call(lambda: [session.descriptor for session in door.ingress._desk.sessions.values()])
+        assert len(set(descriptors)) == 2
+        assert None not in descriptors
+        frame = b"\x03" + struct.pack(">Q", 65_536) + bytes(65_536)
+        num_sent = 0
+        with zmtp_connection(door) as raw:
+            raw.sendall(zmtp_message(wire.Hello(client="flood")))
+            receive_until(raw, b"welcome")
+            try:
+                while num_sent < 16 * limit_bytes:
+                    raw.sendall(frame)
+                    num_sent += len(frame)
+                    if num_sent % (100 * len(frame)) == 0:
+                        busy.send(wire.Ping(n=1))
+            except OSError:
+                # Cut off: that is the outcome.
+                pass
+        assert num_sent < 16 * limit_bytes
+        assert door.stats()["num_floods"] == 1
+        for producer in (busy, idle):
+            producer.send(wire.Ping(n=2))
+            while producer.receive() != wire.Pong(n=2, epoch="7f"):
+                pass
+        assert_served(door)
 
 
 def test_half_open_handshakes_hold_nobody_up(door: Door) -> None:
