@@ -40,50 +40,59 @@ class ForbiddenError(AssertionError):
 
 
 class SimFuture(asyncio.Future[Any]):
-    """A future whose hash is its birth number."""
+    """A future whose hash is a number: how many were hashed before it. Most are never put into a set."""
 
-    def __init__(self, loop: SimLoop) -> None:
-        self._birth = loop.next_birth()
-        super().__init__(loop=loop)
+    _birth = 0
 
     def __hash__(self) -> int:
+        if not self._birth:
+            self._birth = _loop_of(self).next_birth()
         return self._birth
 
 
 class SimTask(asyncio.Task[Any]):
-    """A task whose hash is its birth number."""
+    """A task whose hash is its birth number: asyncio puts it into a set while it is made."""
 
-    def __init__(
-        self, coro: Coroutine[Any, Any, Any], loop: SimLoop, name: str | None, context: Context | None
-    ) -> None:
-        self._birth = loop.next_birth()  # first: asyncio puts the task into a set while it is made
-        super().__init__(coro, loop=loop, name=name or f"sim-{self._birth}", context=context)
+    _birth = 0
 
     def __hash__(self) -> int:
+        if not self._birth:
+            self._birth = _loop_of(self).next_birth()
         return self._birth
 
 
+def _loop_of(future: asyncio.Future[Any]) -> SimLoop:
+    loop = future.get_loop()
+    assert isinstance(loop, SimLoop), "made for another loop"
+    return loop
+
+
 class _Handle(asyncio.Handle):
-    """A handle made without asking for the debug mode: there is one for every step."""
+    """A handle with only what this loop looks at: there is one for every step."""
 
     __slots__ = ()
 
-    def __init__(
-        self, callback: Callable[..., object], args: tuple[Any, ...], loop: SimLoop, context: Context | None
-    ) -> None:
-        self._context = context if context is not None else copy_context()
-        self._loop = loop
+    _repr = None
+    _source_traceback = None
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None) -> None:
         self._callback = callback
         self._args = args
+        self._context = context if context is not None else copy_context()
         self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
+
+    def cancel(self) -> None:
+        """Never call it."""
+        self._cancelled = True
 
 
 class _TimerHandle(asyncio.TimerHandle):
     """The same for a timer."""
 
     __slots__ = ()
+
+    _repr = None
+    _source_traceback = None
 
     def __init__(
         self,
@@ -93,15 +102,20 @@ class _TimerHandle(asyncio.TimerHandle):
         loop: SimLoop,
         context: Context | None,
     ) -> None:
-        self._context = context if context is not None else copy_context()
-        self._loop = loop
         self._callback = callback
         self._args = args
+        self._context = context if context is not None else copy_context()
+        self._loop = loop
         self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
         self._when = when
         self._scheduled = True
+
+    def cancel(self) -> None:
+        """Never call it."""
+        if not self._cancelled:
+            self._cancelled = True
+            if self._scheduled:
+                self._loop.timer_cancelled()
 
 
 class SimLoop(asyncio.BaseEventLoop):
@@ -145,7 +159,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         """Call at this instant, in an order that the seed decides."""
-        handle = _Handle(callback, args, self, context)
+        handle = _Handle(callback, args, context)
         self._ready.append(handle)
         return handle
 
@@ -168,12 +182,11 @@ class SimLoop(asyncio.BaseEventLoop):
         heappush(self._timers, (when, self._num_timers, timer))
         return timer
 
-    def _timer_handle_cancelled(self, handle: Any) -> None:
-        if not handle._scheduled:
-            return
+    def timer_cancelled(self) -> None:
+        """A timer that is set was cancelled; once they are many they are dropped."""
         self._num_cancelled += 1
         if self._num_cancelled > CANCELLED_TIMERS_ALLOWED and 2 * self._num_cancelled > len(self._timers):
-            self._timers = [item for item in self._timers if not item[2].cancelled()]
+            self._timers[:] = [item for item in self._timers if not item[2].cancelled()]
             heapify(self._timers)
             self._num_cancelled = 0
 
@@ -182,50 +195,50 @@ class SimLoop(asyncio.BaseEventLoop):
         return False
 
     def _run_once(self) -> None:
+        """Turn after turn until the end: what is ready now runs in a random order, what it makes ready runs next."""
+        ready, random = self._ready, self._rng.random
         while not self._stopping:
-            self._turn()
-
-    def _turn(self) -> None:
-        """Run what is ready now, in a random order; what it makes ready is for the next turn."""
-        ready = self._ready
-        self._take_due_timers()
-        random = self._rng.random
-        for left in range(len(ready), 0, -1):
-            if left > 1:
-                chosen = int(random() * left)
-                ready[0], ready[chosen] = ready[chosen], ready[0]
-            handle = ready.popleft()
-            if not handle._cancelled:
-                self.num_steps += 1
-                # Not Handle._run: it would hand an exception to call_exception_handler, and here it ends the world.
-                handle._context.run(handle._callback, *handle._args)
-                if self._failure is not None:
-                    raise self._failure
-        if self.num_steps > self._max_steps:
-            raise LivelockError(f"more than {self._max_steps} steps")
-        if self.num_steps - self._instant_step > MAX_STEPS_PER_INSTANT:
-            raise LivelockError(f"more than {MAX_STEPS_PER_INSTANT} steps at {self._now_s:.6f} s: time does not move")
+            if self._timers:
+                self._take_due_timers()
+            left = len(ready)
+            if not left:
+                raise StalledError("every task waits and no timer is set")
+            self.num_steps += left
+            while left:
+                if left > 1:
+                    chosen = int(random() * left)
+                    ready[0], ready[chosen] = ready[chosen], ready[0]
+                handle = ready.popleft()
+                left -= 1
+                if not handle._cancelled:
+                    # Not Handle._run: it would hand an exception to call_exception_handler, and here it ends the world.
+                    handle._context.run(handle._callback, *handle._args)
+                    if self._failure is not None:
+                        raise self._failure
+            if self.num_steps > self._max_steps:
+                raise LivelockError(f"more than {self._max_steps} steps")
+            if self.num_steps - self._instant_step > MAX_STEPS_PER_INSTANT:
+                stuck = f"more than {MAX_STEPS_PER_INSTANT} steps at {self._now_s:.6f} s"
+                raise LivelockError(f"{stuck}: time does not move")
 
     def _take_due_timers(self) -> None:
         """Make due timers ready; if nothing is ready at all, first jump to the next timer."""
-        timers, ready = self._timers, self._ready
+        timers, ready, now_s = self._timers, self._ready, self._now_s
         while timers:
             when, _, timer = timers[0]
             if timer._cancelled:
                 heappop(timers)
                 self._num_cancelled -= 1
-            elif when <= self._now_s:
+            elif when <= now_s:
                 heappop(timers)
                 timer._scheduled = False
                 ready.append(timer)
             elif ready:
                 return
             else:
-                self._now_s = when
+                self._now_s = now_s = when
                 self._now_us = int(when * 1e6)
                 self._instant_step = self.num_steps
-        if not ready:
-            raise StalledError("every task waits and no timer is set")
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -256,13 +269,13 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def create_future(self) -> asyncio.Future[Any]:
         """A future with a birth number."""
-        return SimFuture(self)
+        return SimFuture(loop=self)
 
     def create_task(  # type: ignore[override]  # typeshed writes `coro: object`, which no implementation takes
         self, coro: Any, *, name: str | None = None, context: Context | None = None
     ) -> asyncio.Task[Any]:
         """A task with a birth number."""
-        return SimTask(coro, self, name, context)
+        return SimTask(coro, loop=self, name=name, context=context)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """An error that production would log and survive ends the simulation."""
