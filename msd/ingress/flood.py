@@ -23,11 +23,14 @@ FLOOD_BYTES: Final = 256 * 1024 * 1024
 WINDOW_S: Final = 10.0
 BYTES_PER_DELIVERED: Final = 16
 """A delivered byte may become this many: token ids of 3 bytes are integers of 32, with a pointer of 8."""
-LATELY_S: Final = 0.15
+WATCH_S: Final = 0.025
+LOOK_S: Final = 0.003
+"""Between looks at the connections, while the process has grown too much; ten times a look's cost if that is more."""
+LATELY_S: Final = 0.05
 """Who delivered a message within this time is not in the middle of an endless one, or has only begun it."""
-MAX_STRIKES: Final = 2
-"""Looks, a tick apart, at which a connection had unread bytes and had delivered nothing. One may be chance: a message
-that just came in, a heartbeat."""
+MAX_STRIKES: Final = 5
+"""Looks at which a connection had unread bytes and had delivered nothing. One may be chance: a message that just came
+in, a heartbeat."""
 Peer = tuple[int, int]
 """A connection of this process: descriptor and inode."""
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")

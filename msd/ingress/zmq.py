@@ -77,6 +77,7 @@ class ZmqIngress:
         self._retry_timer: asyncio.TimerHandle | None = None
         self._retry_due_s = 0.0
         self._tick_timer: asyncio.TimerHandle | None = None
+        self._flood_timer: asyncio.TimerHandle | None = None
         self._next_housekeeping_s = 0.0
         self._open = False
         self._drain_scheduled = False
@@ -129,6 +130,7 @@ class ZmqIngress:
         self._loop.call_soon(self._on_readable)
         self._loop.call_soon(self._on_zap)
         self._tick()
+        self._watch_for_floods()
         _log.info("ingress_bound", endpoints=self.endpoints)
 
     def draining(self, deadline_ms: int) -> None:
@@ -151,7 +153,7 @@ class ZmqIngress:
         self._open = False
         self._loop.remove_reader(self._router_fd)
         self._loop.remove_reader(self._zap_fd)
-        for timer in (self._tick_timer, self._retry_timer):
+        for timer in (self._tick_timer, self._retry_timer, self._flood_timer):
             if timer is not None:
                 timer.cancel()
         for session in list(self._desk.sessions.values()):
@@ -398,8 +400,6 @@ class ZmqIngress:
             self.num_missed_edges += 1
             _log.warning("zmq_edge_missed", total=self.num_missed_edges)
         self._on_zap()
-        if self._flood_guard.is_flooded(flood.resident_bytes(), now_s):
-            self._on_flood(now_s)
         if now_s >= self._next_housekeeping_s:
             self._next_housekeeping_s = now_s + HOUSEKEEPING_S
             self._desk.expire(now_s)
@@ -408,16 +408,21 @@ class ZmqIngress:
             except ConfigError as error:
                 _log.error("curve_keys_unreadable", error=str(error))
 
-    def _on_flood(self, now_s: float) -> None:
-        spared = frozenset(
-            session.descriptor
-            for session in self._desk.sessions.values()
-            if session.descriptor is not None and now_s - session.last_heard_s < flood.LATELY_S
-        )
-        num_cut = self._flood_guard.cut_off(self.endpoints, spared)
-        if num_cut:
-            self.num_floods += 1
-            _log.error("flood", why="memory grows without messages", num_cut_off=num_cut, num_spared=len(spared))
+    def _watch_for_floods(self) -> None:
+        now_s = self._loop.time()
+        pause_s = flood.WATCH_S
+        if self._flood_guard.is_flooded(flood.resident_bytes(), now_s):
+            spared = frozenset(
+                session.descriptor
+                for session in self._desk.sessions.values()
+                if session.descriptor is not None and now_s - session.last_heard_s < flood.LATELY_S
+            )
+            num_cut = self._flood_guard.cut_off(self.endpoints, spared)
+            if num_cut:
+                self.num_floods += 1
+                _log.error("flood", why="memory grows without messages", num_cut_off=num_cut, num_spared=len(spared))
+            pause_s = max(flood.LOOK_S, 10 * (self._loop.time() - now_s))
+        self._flood_timer = self._loop.call_later(pause_s, self._watch_for_floods)
 
 
 def _descriptor(frame: zmq.Frame) -> flood.Peer | None:
