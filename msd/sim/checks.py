@@ -7,7 +7,9 @@ report; they never stop the world, so that one broken rule does not hide another
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from heapq import heappop, heappush
+from typing import Any
 
 from msd.config import Config
 from msd.core import commands as c
@@ -16,7 +18,7 @@ from msd.core.commands import Command
 from msd.core.entry import Phase
 from msd.core.events import Event
 from msd.core.scheduler import Scheduler
-from msd.domain import Request
+from msd.domain import CounterReading, Request
 from msd.sim.report import Check
 
 SHOWN = 5
@@ -83,6 +85,8 @@ class Checks:
         self._running: Counter[str] = Counter()
         self._deadlines: list[tuple[int, str]] = []
         self._now_us = 0
+        self._num_told = 0
+        self._num_samples = 0
         self._surveyed_us = 0
         self._counter: dict[str, tuple[int, int, int]] = {}
         """(epoch, mJ, sum of its rises) per energy counter."""
@@ -92,6 +96,24 @@ class Checks:
         self.story: deque[Event] = deque(maxlen=STORY_EVENTS)
         self.told: tuple[Event, ...] = ()
         """The events up to the first violation."""
+        # By type, what an event or command changes in these books; the others change nothing.
+        self._on_event: dict[type, Callable[[Any], None]] = {
+            e.Submitted: self._on_submitted,
+            e.Finished: self._on_attempt_ended,
+            e.Failed: self._on_attempt_ended,
+            e.Appended: self._on_appended,
+            e.EngineUp: self._on_engine_up,
+            e.EngineLost: self._on_engine_lost,
+        }
+        self._on_command: dict[type, Callable[[Any], None]] = {
+            c.Append: self._on_append,
+            c.Reject: self._on_refused,
+            c.AckDuplicate: self._on_refused,
+            c.Dispatch: self._on_dispatch,
+            c.Complete: self._on_complete,
+            c.Deliver: self._on_deliver,
+            c.Settle: self._on_settle,
+        }
 
     def expect(self, name: str, holds: bool, message: str, *told: object) -> None:
         """Count one look at an invariant; `message` is formatted only when it does not hold."""
@@ -108,10 +130,13 @@ class Checks:
 
     def results(self) -> tuple[Check, ...]:
         """One entry per invariant."""
+        looked = Counter(self._looked)
+        looked["conservation"] += self._num_told  # at each event, which is why it is not counted there
+        looked["time"] += self._num_told - self._num_samples
         return tuple(
             Check(
                 name=name,
-                num_checked=self._looked[name],
+                num_checked=looked[name],
                 num_violations=self._broken[name],
                 violations=tuple(self._shown[name]),
             )
@@ -123,80 +148,96 @@ class Checks:
     def after(self, event: Event, commands: list[Command]) -> None:
         """Look at one step of the scheduler."""
         self.story.append(event)
-        self._take_event(event)
+        self._num_told += 1
+        kind = type(event)
+        if isinstance(event, e.CounterRead):
+            # Its time is that of the sample, which was taken a little earlier than it is told.
+            self._num_samples += 1
+            self._read_counter(event.reading)
+        else:
+            t_us = event.t_us
+            if t_us < self._now_us:
+                self._break("time", "time went back to {}", (t_us,))
+            self._now_us = t_us
+            on = self._on_event.get(kind)
+            if on is not None:
+                on(event)
+        on_command = self._on_command
         for command in commands:
-            self._take_command(command)
-        if type(event) is e.Tick:
-            self._look_at_deadlines(event.t_us)
-            if event.t_us - self._surveyed_us >= SURVEY_PERIOD_US:
-                self._surveyed_us = event.t_us
-                self.survey()
+            on = on_command.get(type(command))
+            if on is not None:
+                on(command)
+        if kind is e.Tick:
+            self._on_tick(event.t_us)
         counts = self._scheduler.counts
         ended = counts.delivered + counts.rejected + counts.aborted + counts.failed + counts.duplicates
         pending = self._scheduler.num_pending
-        self._looked["conservation"] += 1
         if counts.submitted != ended + pending:
             told = (counts.submitted, ended, pending)
             self._break("conservation", "{} submitted, {} ended, {} pending", told)
 
-    def _take_event(self, event: Event) -> None:
-        match event:
-            case e.CounterRead():
-                # Its time is that of the sample, which was taken a little earlier than it is told.
-                self._read_counter(event)
-                return
-            case e.Submitted():
-                request = event.request
-                self._known[request.request_id] = _Known(request)
-            case e.Finished() | e.Failed():
-                known = self._known.get(event.request_id)
-                if known is not None and known.state == _RUNNING and known.attempt == event.attempt:
-                    known.state = _WAITING
-                    self._running[known.engine] -= 1
-            case e.Appended():
-                self._known[event.request_id].state = _WAITING
-            case e.EngineUp():
-                self._up.add(event.info.engine)
-            case e.EngineLost():
-                self._up.discard(event.engine)
-        self._looked["time"] += 1
-        if event.t_us < self._now_us:
-            self._break("time", "time went back to {}", (event.t_us,))
-        self._now_us = event.t_us
+    def _on_submitted(self, event: e.Submitted) -> None:
+        self._known[event.request.request_id] = _Known(event.request)
 
-    def _take_command(self, command: Command) -> None:
-        match command:
-            case c.Append():
-                known = self._step(command.request_id, _SUBMITTED, _APPENDING, "Append")
-                if known.request.deadline_us is not None:
-                    heappush(self._deadlines, (known.request.deadline_us + DEADLINE_GRACE_US, command.request_id))
-            case c.Reject() | c.AckDuplicate():
-                known = self._find(command.request_id, "refused")
-                is_early = known.state in (_SUBMITTED, _APPENDING)
-                self.expect("order_of_states", is_early, "{} refused in state {}", command.request_id, known.state)
-                self._end(command.request_id)
-            case c.Dispatch():
-                self._look_at_dispatch(command)
-            case c.Complete():
-                request_id = command.outcome.request_id
-                known = self._find(request_id, "completed")
-                once = known.state < _COMPLETING
-                self.expect("one_terminal_state", once, "{} got a second terminal state", request_id)
-                known.state = _COMPLETING
-            case c.Deliver():
-                self._step(command.request_id, _COMPLETING, _COMPLETING, "Deliver")
-                self._end(command.request_id)
-            case c.Settle():
-                energy = command.energy
-                whole = energy.energy_mj == energy.dynamic_mj + energy.static_mj and energy.energy_mj >= 0
-                self.expect("energy_settled", whole, "{}: {}", command.request_id, energy)
-                once = command.request_id not in self._settled
-                self.expect("energy_settled", once, "{} settled twice", command.request_id)
-                self._settled.add(command.request_id)
-                if energy.settled:
-                    self._settled_mj += energy.energy_mj
-                else:
-                    self._num_given_up += 1
+    def _on_attempt_ended(self, event: e.Finished | e.Failed) -> None:
+        known = self._known.get(event.request_id)
+        if known is not None and known.state == _RUNNING and known.attempt == event.attempt:
+            known.state = _WAITING
+            self._running[known.engine] -= 1
+
+    def _on_appended(self, event: e.Appended) -> None:
+        self._known[event.request_id].state = _WAITING
+
+    def _on_engine_up(self, event: e.EngineUp) -> None:
+        self._up.add(event.info.engine)
+
+    def _on_engine_lost(self, event: e.EngineLost) -> None:
+        self._up.discard(event.engine)
+
+    def _on_tick(self, t_us: int) -> None:
+        """Commands of the tick are in the books already: what it expired does not wait any more."""
+        if self._deadlines:
+            self._look_at_deadlines(t_us)
+        if t_us - self._surveyed_us >= SURVEY_PERIOD_US:
+            self._surveyed_us = t_us
+            self.survey()
+
+    def _on_append(self, command: c.Append) -> None:
+        known = self._step(command.request_id, _SUBMITTED, _APPENDING, "Append")
+        if known.request.deadline_us is not None:
+            heappush(self._deadlines, (known.request.deadline_us + DEADLINE_GRACE_US, command.request_id))
+
+    def _on_refused(self, command: c.Reject | c.AckDuplicate) -> None:
+        known = self._find(command.request_id, "refused")
+        is_early = known.state in (_SUBMITTED, _APPENDING)
+        self.expect("order_of_states", is_early, "{} refused in state {}", command.request_id, known.state)
+        self._end(command.request_id)
+
+    def _on_complete(self, command: c.Complete) -> None:
+        request_id = command.outcome.request_id
+        known = self._find(request_id, "completed")
+        self._looked["one_terminal_state"] += 1
+        if known.state >= _COMPLETING:
+            self._break("one_terminal_state", "{} got a second terminal state", (request_id,))
+        known.state = _COMPLETING
+
+    def _on_deliver(self, command: c.Deliver) -> None:
+        self._step(command.request_id, _COMPLETING, _COMPLETING, "Deliver")
+        self._end(command.request_id)
+
+    def _on_settle(self, command: c.Settle) -> None:
+        request_id, energy = command.request_id, command.energy
+        energy_mj = energy.energy_mj
+        self._looked["energy_settled"] += 2
+        if energy_mj != energy.dynamic_mj + energy.static_mj or energy_mj < 0:
+            self._break("energy_settled", "{}: {}", (request_id, energy))
+        if request_id in self._settled:
+            self._break("energy_settled", "{} settled twice", (request_id,))
+        self._settled.add(request_id)
+        if energy.settled:
+            self._settled_mj += energy_mj
+        else:
+            self._num_given_up += 1
 
     def _find(self, request_id: str, what: str) -> _Known:
         """The open request; one that has ended already may not be heard of again."""
@@ -219,16 +260,19 @@ class Checks:
         self._known.pop(request_id, None)
         self._ended.add(request_id)
 
-    def _look_at_dispatch(self, command: c.Dispatch) -> None:
-        request_id, decision = command.request_id, command.decision
+    def _on_dispatch(self, command: c.Dispatch) -> None:
+        request_id, decision, looked = command.request_id, command.decision, self._looked
         known = self._find(request_id, "dispatched")
         request, engine = known.request, decision.engine
-        may_run = known.state == _WAITING and command.attempt == known.attempt + 1
-        self.expect("order_of_states", may_run, "{} dispatched in state {}", request_id, known.state)
+        looked["order_of_states"] += 1
+        if known.state != _WAITING or command.attempt != known.attempt + 1:
+            self._break("order_of_states", "{} dispatched in state {}", (request_id, known.state))
         arm, book = self._modes[decision.mode]
         mode = book.mode
+        looked["masks"] += 2
         mask = decision.candidates[arm].mask
-        self.expect("masks", mask == 0, "{} went to {}, masked {}", request_id, decision.mode, mask)
+        if mask:
+            self._break("masks", "{} went to {}, masked {}", (request_id, decision.mode, mask))
         fits = (
             engine in self._up
             and (request.model is None or mode.model == request.model)
@@ -236,10 +280,12 @@ class Checks:
             and (not request.quality_floor or (mode.quality or 0.0) >= request.quality_floor)
             and request.num_prompt_tokens + request.max_tokens <= (book.max_model_len or 0)
         )
-        self.expect("masks", fits, "{} must not run on {} (up: {})", request_id, decision.mode, self._up)
-        self._running[engine] += 1
-        within = self._running[engine] <= self._slots[engine] and command.attempt <= self._config.limits.max_attempts
-        self.expect("bounds", within, "{} is one too many on {}", request_id, engine)
+        if not fits:
+            self._break("masks", "{} must not run on {} (up: {})", (request_id, decision.mode, self._up))
+        num_running = self._running[engine] = self._running[engine] + 1
+        looked["bounds"] += 1
+        if num_running > self._slots[engine] or command.attempt > self._config.limits.max_attempts:
+            self._break("bounds", "{} is one too many on {}", (request_id, engine))
         known.state, known.attempt, known.engine = _RUNNING, command.attempt, engine
 
     def _look_at_deadlines(self, t_us: int) -> None:
@@ -249,8 +295,7 @@ class Checks:
             waits = known is not None and known.state == _WAITING
             self.expect("deadlines", not waits, "{} still waits past its deadline", request_id)
 
-    def _read_counter(self, event: e.CounterRead) -> None:
-        reading = event.reading
+    def _read_counter(self, reading: CounterReading) -> None:
         epoch, energy_mj, risen_mj = self._counter.get(reading.domain, (reading.epoch, reading.energy_mj, 0))
         if reading.epoch == epoch and reading.energy_mj > energy_mj:
             risen_mj += reading.energy_mj - energy_mj
