@@ -137,7 +137,8 @@ class SimLoop(asyncio.BaseEventLoop):
         """Heap by time, then by order of being set."""
         self._num_timers = 0
         self._num_cancelled = 0
-        self._instant_step = 0
+        self._most_steps = min(max_steps, MAX_STEPS_PER_INSTANT)
+        """More mean a livelock: too many in all, or since time last moved."""
         self.num_steps = 0
 
     # --- time --------------------------------------------------------------------------------------------------------
@@ -196,13 +197,13 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         """Turn after turn until the end: what is ready now runs in a random order, what it makes ready runs next."""
-        ready, random = self._ready, self._rng.random
+        ready, timers, random = self._ready, self._timers, self._rng.random
         while not self._stopping:
-            if self._timers:
+            if not ready:
+                self._jump()
+            elif timers and timers[0][0] <= self._now_s:
                 self._take_due_timers()
             left = len(ready)
-            if not left:
-                raise StalledError("every task waits and no timer is set")
             self.num_steps += left
             while left:
                 if left > 1:
@@ -215,30 +216,43 @@ class SimLoop(asyncio.BaseEventLoop):
                     handle._context.run(handle._callback, *handle._args)
                     if self._failure is not None:
                         raise self._failure
-            if self.num_steps > self._max_steps:
-                raise LivelockError(f"more than {self._max_steps} steps")
-            if self.num_steps - self._instant_step > MAX_STEPS_PER_INSTANT:
-                stuck = f"more than {MAX_STEPS_PER_INSTANT} steps at {self._now_s:.6f} s"
-                raise LivelockError(f"{stuck}: time does not move")
+            if self.num_steps > self._most_steps:
+                self._break_livelock()
+
+    def _jump(self) -> None:
+        """Nothing is ready: let time jump to the next timer, and make that one ready and others of the instant."""
+        timers = self._timers
+        while timers:
+            when, _, timer = heappop(timers)
+            if timer._cancelled:
+                self._num_cancelled -= 1
+                continue
+            timer._scheduled = False
+            self._ready.append(timer)
+            if when > self._now_s:
+                self._now_s = when
+                self._now_us = int(when * 1e6)
+                self._most_steps = min(self._max_steps, self.num_steps + MAX_STEPS_PER_INSTANT)
+            if timers and timers[0][0] <= when:
+                self._take_due_timers()
+            return
+        raise StalledError("every task waits and no timer is set")
 
     def _take_due_timers(self) -> None:
-        """Make due timers ready; if nothing is ready at all, first jump to the next timer."""
-        timers, ready, now_s = self._timers, self._ready, self._now_s
-        while timers:
-            when, _, timer = timers[0]
+        timers, now_s = self._timers, self._now_s
+        while timers and timers[0][0] <= now_s:
+            timer = heappop(timers)[2]
             if timer._cancelled:
-                heappop(timers)
                 self._num_cancelled -= 1
-            elif when <= now_s:
-                heappop(timers)
-                timer._scheduled = False
-                ready.append(timer)
-            elif ready:
-                return
             else:
-                self._now_s = now_s = when
-                self._now_us = int(when * 1e6)
-                self._instant_step = self.num_steps
+                timer._scheduled = False
+                self._ready.append(timer)
+
+    def _break_livelock(self) -> None:
+        if self.num_steps > self._max_steps:
+            raise LivelockError(f"more than {self._max_steps} steps")
+        stuck = f"more than {MAX_STEPS_PER_INSTANT} steps at {self._now_s:.6f} s"
+        raise LivelockError(f"{stuck}: time does not move")
 
     # --- life --------------------------------------------------------------------------------------------------------
 
