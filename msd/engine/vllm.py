@@ -48,10 +48,12 @@ CPU_ENVIRONMENT = {
     "NUMBA_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     CPU_KV_VARIABLE: "1",
+    "VLLM_USE_AOT_COMPILE": "0",
 }
 """On a CPU: engines with two spinning OpenMP threads each made four engines 3 times slower on 2 cores. Numba counts
 too: ngram speculation starts its OpenMP layer, which raises torch's threads to the number of cores; on busy cores a
-token then took 21-80 ms instead of 1.4."""
+token then took 21-80 ms instead of 1.4. vLLM 0.32 cannot load its ahead-of-time compilations on a CPU and compiles
+anew at each start; without them inductor's own cache works (a second start in 10 s instead of 15)."""
 WATCH_INTERVAL_S = 0.2
 WARM_UP_ROUNDS = 3
 WARM_UP_PROMPT_TOKENS = 32
