@@ -14,6 +14,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -82,7 +83,6 @@ class Daemon:
         self._config = config
         self._base_dir = base_dir
         self._clock: Clock = MonotonicClock()
-        self._rng = Random(config.daemon.seed)
         self._notifier = Notifier()
         self._stop = asyncio.Event()
         self._abort = asyncio.Event()
@@ -95,66 +95,85 @@ class Daemon:
         """Serve until SIGTERM or SIGINT; drain; leave nothing behind. Raises MsdError when it cannot start."""
         config = self._config
         loop = asyncio.get_running_loop()
+        crash: asyncio.Future[None] = loop.create_future()
+        loop.set_exception_handler(partial(_on_loop_exception, crash))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        logs_folder = run_dir(config)
         if any(engine.kind == "vllm" for engine in config.engine):
-            _log.info("vllm_import", why="it would hold the loop later")
             from msd.engine.vllm import import_vllm
 
+            _log.info("vllm_import", why="it would hold the loop later")
             import_vllm()
         gpu = self._simulated_gpu()
-        journal = MemoryJournal(config.journal)
-        scheduler = Scheduler.from_config(config, self._rng)
+        journal = MemoryJournal(config.journal, self._clock)
+        scheduler = Scheduler.from_config(config, Random(config.daemon.seed))
         probes = start_probes(config.telemetry, self._clock, gpu)
-        async with asyncio.TaskGroup() as tasks:
-            self._dispatcher = dispatcher = Dispatcher(
-                scheduler,
-                journal,
-                Egress(loop, config.limits),
-                Acceptor(epoch=self._epoch, models=self._tokenizers(), offload=ThreadOffload()),
-                self._clock,
-                tasks,
-                self._describe,
-            )
-            factories = {engine.name: self._factory(engine, gpu) for engine in config.engine}
-            limits_s = {engine.name: engine.start_timeout_s for engine in config.engine}
-            self._pool = pool = Pool(
-                factories, dispatcher, journal.read_prompt, self._rng, self._clock, start_timeout_s=limits_s
-            )
-            dispatcher.attach(pool)
-            self._ingress = ingress = ZmqIngress(
-                config.ingress.zmq,
-                config.limits,
-                config.tenant,
-                dispatcher,
-                epoch=self._epoch,
-                durable=journal.durable,
-            )
-            for request in await journal.start(dispatcher):
-                dispatcher.egress.register(request, None)
-                dispatcher.post(e.Recovered(self._clock.now_us(), request))
-            await ingress.start()
-            _log.info("serving", endpoints=ingress.endpoints, policy=config.policy.name, epoch=self._epoch)
-            self._notifier.tell("READY=1", "STATUS=no mode is warm yet")
-            running = tasks.create_task(pool.run(), name="pool")
-            ticker = tasks.create_task(self._tick(probes), name="ticker")
-            # Everything that lives as long as the daemon exists now: the collector need not look at it again.
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(*GC_THRESHOLDS)
-            await self._stop.wait()
-            await self._drain(dispatcher, ingress)
-            if not await pool.stop(STOP_LIMIT_S):
-                _log.error("engines_still_stopping", limit_s=STOP_LIMIT_S)
-            await running
-            ticker.cancel()
-            if ingress.stats()["num_sessions"]:
-                await asyncio.sleep(LAST_WORDS_S)
-            await ingress.close()
-            await journal.stop()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._dispatcher = dispatcher = Dispatcher(
+                    scheduler,
+                    journal,
+                    Egress(loop, config.limits),
+                    Acceptor(epoch=self._epoch, models=self._tokenizers(), offload=ThreadOffload()),
+                    self._clock,
+                    tasks,
+                    self._describe,
+                )
+                self._pool = pool = Pool(
+                    {engine.name: self._factory(engine, gpu, logs_folder) for engine in config.engine},
+                    dispatcher,
+                    journal.read_prompt,
+                    Random(config.daemon.seed),
+                    self._clock,
+                    start_timeout_s={engine.name: engine.start_timeout_s for engine in config.engine},
+                )
+                dispatcher.attach(pool)
+                self._ingress = ingress = ZmqIngress(
+                    config.ingress.zmq,
+                    config.limits,
+                    config.tenant,
+                    dispatcher,
+                    epoch=self._epoch,
+                    durable=journal.durable,
+                )
+                for request in await journal.start(dispatcher):
+                    dispatcher.egress.register(request, None)
+                    dispatcher.post(e.Recovered(self._clock.now_us(), request))
+                try:
+                    await ingress.start()
+                    await self._serve(tasks, crash, probes)
+                finally:
+                    await asyncio.shield(ingress.close())
+        finally:
+            await asyncio.shield(journal.stop())
             for probe in probes:
                 probe.stop()
-            _log.info("stopped")
+        _log.info("stopped")
+
+    async def _serve(self, tasks: asyncio.TaskGroup, crash: asyncio.Future[None], probes: tuple[GpuProbe, ...]) -> None:
+        """From READY to the last answer. Raises what crashed, if something did."""
+        dispatcher, pool, ingress = self._dispatcher, self._pool, self._ingress
+        _log.info("serving", endpoints=ingress.endpoints, policy=self._config.policy.name, epoch=self._epoch)
+        self._notifier.tell("READY=1", "STATUS=no mode is warm yet")
+        running = tasks.create_task(pool.run(), name="pool")
+        ticker = tasks.create_task(self._tick(probes), name="ticker")
+        # Everything that lives as long as the daemon exists now: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        stop = tasks.create_task(self._stop.wait(), name="stop")
+        await asyncio.wait((stop, crash), return_when=asyncio.FIRST_COMPLETED)
+        if crash.done():
+            stop.cancel()
+            crash.result()
+        await self._drain(dispatcher, ingress)
+        if not await pool.stop(STOP_LIMIT_S):
+            _log.error("engines_still_stopping", limit_s=STOP_LIMIT_S)
+        await running
+        ticker.cancel()
+        if ingress.stats()["num_sessions"]:
+            await asyncio.sleep(LAST_WORDS_S)
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
@@ -250,28 +269,55 @@ class Daemon:
             found[model.name] = tokens.load_tokenizer(self._base_dir / folder) if folder else tokens.SimTokenizer()
         return found
 
-    def _factory(self, engine: EngineConfig, gpu: SimGpu | None) -> Callable[[], Engine]:
+    def _factory(self, engine: EngineConfig, gpu: SimGpu | None, logs_folder: Path) -> Callable[[], Engine]:
         match engine.kind:
             case "noop":
                 return lambda: NoopEngine(engine)
             case "sim":
                 assert gpu is not None, "a simulated engine needs the simulated GPU"
-                return lambda: SimEngine(engine, gpu, self._clock, self._rng)
+                # A generator of its own: it draws at the pace of wall time, and decisions must not depend on that.
+                rng = Random(f"{self._config.daemon.seed} {engine.name}")
+                return lambda: SimEngine(engine, gpu, self._clock, rng)
             case "vllm":
                 from msd.engine.vllm import VllmEngine
 
                 model = next(model for model in self._config.model if model.name == engine.model)
-                return lambda: VllmEngine(engine, self._base_dir / model.path, self._base_dir, run_dir(self._config))
+                return lambda: VllmEngine(engine, self._base_dir / model.path, self._base_dir, logs_folder)
 
 
 def run_dir(config: Config) -> Path:
-    """Folder of engine logs: the configured one, systemd's, the user's, else a new one below the temporary folder."""
+    """Folder of engine logs: the configured one, systemd's, the user's, else a new one that is nobody else's.
+
+    Raises ConfigError when it cannot be made.
+    """
     named = config.daemon.run_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
-    if not named and "XDG_RUNTIME_DIR" in os.environ:
+    if not named and os.environ.get("XDG_RUNTIME_DIR"):
         named = os.path.join(os.environ["XDG_RUNTIME_DIR"], "msd")
-    folder = Path(named) if named else Path(tempfile.gettempdir()) / f"msd-{os.getuid()}"
-    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    try:
+        if not named:
+            # Never a name that somebody else could have made before us.
+            return Path(tempfile.mkdtemp(prefix="msd-"))
+        folder = Path(named)
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"no folder for engine logs: {error}", remedy="set daemon.run_dir") from error
     return folder
+
+
+def _on_loop_exception(
+    crash: asyncio.Future[None], loop: asyncio.AbstractEventLoop, context: dict[str, object]
+) -> None:
+    """A callback raised. If msd's own code did, a step is half done and nothing may be promised any more: stop."""
+    error = context.get("exception")
+    _log.error("exception_in_callback", message=context.get("message"), exc_info=error)
+    if not isinstance(error, Exception) or crash.done():
+        return
+    at = error.__traceback__
+    while at is not None:
+        if str(at.tb_frame.f_globals.get("__name__", "")).startswith("msd."):
+            crash.set_exception(error)
+            return
+        at = at.tb_next
 
 
 def serve(config: Config, base_dir: Path) -> int:

@@ -17,7 +17,7 @@ from msd.core import events as e
 from msd.core.entry import Phase
 from msd.core.scheduler import Scheduler
 from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Request, Result
-from msd.egress import Egress
+from msd.egress import TOKEN_BYTES, Egress
 from msd.engine.pool import Pool
 from msd.ingress.accept import Acceptor, RefusedSubmitError
 from msd.ports import Clock, Journal, Session
@@ -153,19 +153,15 @@ class Dispatcher:
     def submit(self, submit: Submit, session: Session) -> None:
         """Build the request and post it; a long prompt is tokenised off the loop first."""
         now_us = self._clock.now_us()
-        if self.journal.is_full(session.tenant):
-            message = "this tenant's unacknowledged results fill journal.max_result_bytes; fetch and ack them"
-            _refuse(submit, session, "queue_full", message, retry_after_ms=1_000)
-            return
         if not self._acceptor.is_long(submit):
             try:
                 request, prompt = self._acceptor.accept(submit, session.tenant, now_us)
             except RefusedSubmitError as error:
-                _refuse(submit, session, error.code, str(error))
+                self._refuse(submit, session, error.code, str(error))
                 return
             self._submitted(request, prompt, session)
         elif self._num_long >= _LONG_PROMPTS_AT_ONCE:
-            _refuse(submit, session, "queue_full", "too many long prompts at once", retry_after_ms=100)
+            self._refuse(submit, session, "queue_full", "too many long prompts at once", retry_after_ms=100)
         else:
             self._num_long += 1
             self.idle.clear()
@@ -175,7 +171,7 @@ class Dispatcher:
         try:
             request, prompt = await self._acceptor.accept_off_loop(submit, session.tenant, received_us)
         except RefusedSubmitError as error:
-            _refuse(submit, session, error.code, str(error))
+            self._refuse(submit, session, error.code, str(error))
             return
         finally:
             self._num_long -= 1
@@ -185,7 +181,14 @@ class Dispatcher:
     def _submitted(self, request: Request, prompt: Prompt, session: Session) -> None:
         self._staged[request.request_id] = request, prompt
         self.egress.register(request, session)
-        self.post(e.Submitted(self._clock.now_us(), request))
+        is_full = self.journal.is_full(request.tenant, request.client_request_id)
+        self.post(e.Submitted(self._clock.now_us(), request, is_full))
+
+    def _refuse(
+        self, submit: Submit, session: Session, code: ErrorCode, message: str, retry_after_ms: int | None = None
+    ) -> None:
+        self.post(e.Refused(self._clock.now_us(), code))
+        session.send(refusal(code, message, client_request_id=submit.client_request_id, retry_after_ms=retry_after_ms))
 
     def cancel(self, session: Session, request_id: str | None, client_request_id: str | None) -> None:
         """Cancel an open request of the session's tenant; a finished one is answered with its result."""
@@ -331,13 +334,19 @@ class Dispatcher:
     async def _answer_fetch(
         self, session: Session, request_ids: Sequence[str] | None, since_seq: int | None, max_bytes: int
     ) -> None:
+        results: list[Result] = []
+        next_seq, more = 0, False
         if request_ids is None:
             results, next_seq, more = await self.journal.fetch(session.tenant, since_seq or 0, max_bytes)
         else:
-            found = [await self.journal.find(session.tenant, request_id) for request_id in request_ids]
-            results, next_seq, more = [result for result in found if result is not None], 0, False
+            num_bytes = 0
+            for request_id in dict.fromkeys(request_ids):
+                result = await self.journal.find(session.tenant, request_id)
+                if result is None:
+                    continue
+                num_bytes += len(result.text.encode()) + TOKEN_BYTES * len(result.token_ids)
+                if results and num_bytes > max_bytes:
+                    more = True
+                    break
+                results.append(result)
         self.egress.send_results(session, results, next_seq, more)
-
-
-def _refuse(submit: Submit, session: Session, code: ErrorCode, message: str, retry_after_ms: int | None = None) -> None:
-    session.send(refusal(code, message, client_request_id=submit.client_request_id, retry_after_ms=retry_after_ms))

@@ -74,11 +74,15 @@ class JournalError(MsdError):
 
 
 class IngressError(MsdError):
-    """A socket cannot be bound or served. Recoverable by the operator: the address or its permissions are wrong."""
+    """A socket cannot be bound: its address, its permissions, or another daemon. Recoverable by the operator."""
+
+    exit_code = EXIT_CONFIG
 
 
 class ProbeError(MsdError):
-    """The GPU cannot be read. Recoverable: msd serves on with a labelled blind view."""
+    """The GPU cannot be read. Recoverable: msd serves on with a labelled blind view, unless config insists on it."""
+
+    exit_code = EXIT_NO_DEVICE
 
 
 class DaemonUnreachableError(MsdError):

@@ -191,8 +191,8 @@ class Journal(Protocol):
         """Replace a stored result's provisional energy, if it is still kept."""
         ...
 
-    def is_full(self, tenant: str) -> bool:
-        """Whether the tenant's unacknowledged results fill their bound: then new submits are refused."""
+    def is_full(self, tenant: str, client_request_id: str) -> bool:
+        """Whether unacknowledged results leave no room for a new one. A key that has its result needs none."""
         ...
 
     async def find(

@@ -224,7 +224,7 @@ class RulesConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Count, Meta(description="Requests running and waiting that count as high batch pressure (rule 1).")
     ] = 4
     memory_pressure: Annotated[
-        Share, Meta(description="Share of KV cache or GPU memory in use that counts as pressure (rule 3).")
+        Share, Meta(description="Share of an engine's KV cache in use that counts as pressure (rule 3).")
     ] = 0.9
     short_prompt_tokens: Annotated[Count, Meta(description="Rule 7: a prompt of at most this.")] = 384
     short_output_tokens: Annotated[Count, Meta(description="Rule 7: an expected output of at most this.")] = 64
@@ -264,7 +264,6 @@ class TelemetryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sample_hz: Annotated[
         Annotated[float, Meta(ge=0.1, le=100)], Meta(description="Counter and power readings a second.")
     ] = 20.0
-    stale_after_s: Annotated[Seconds, Meta(description="An older GPU view is not trusted.")] = 1.0
     sim_memory_bytes: Annotated[
         Annotated[int, Meta(ge=1, le=10**13)], Meta(description="Memory of the simulated GPU.")
     ] = 80_000_000_000
@@ -277,8 +276,14 @@ class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kind: Annotated[Literal["memory"], Meta(description="`memory`: lost with the process.")] = "memory"
     max_result_bytes: Annotated[
         Annotated[int, Meta(ge=1_024, le=10**12)],
-        Meta(description="Stored results of one tenant; results it has not acknowledged are never dropped."),
+        Meta(description="Stored results of one tenant, as memory. Unacknowledged ones are never dropped early."),
     ] = 64 * 1024 * 1024
+    max_total_result_bytes: Annotated[
+        Annotated[int, Meta(ge=1_024, le=10**13)], Meta(description="The same over all tenants.")
+    ] = 1024 * 1024 * 1024
+    retention_s: Annotated[
+        Seconds, Meta(description="A result, and with it its idempotency key, is kept this long; then it is forgotten.")
+    ] = 86_400.0
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

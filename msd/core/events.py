@@ -5,13 +5,25 @@ from __future__ import annotations
 from msgspec import Struct
 
 from msd.domain import CounterReading, EngineInfo, EngineLoad, ExitKind, FinishReason, GpuView, Request
+from msd.wire import ErrorCode
 
 
 class Submitted(Struct, frozen=True):
-    """A producer sent a request; it is validated and its tokens are counted."""
+    """A producer sent a request; it is validated and its tokens are counted.
+
+    `store_is_full`: its tenant's results that nobody has fetched leave no room for another one.
+    """
 
     t_us: int
     request: Request
+    store_is_full: bool = False
+
+
+class Refused(Struct, frozen=True):
+    """A submit was refused before it became a request; it counts as submitted and rejected."""
+
+    t_us: int
+    error_code: ErrorCode
 
 
 class Appended(Struct, frozen=True):
@@ -152,6 +164,7 @@ class Tick(Struct, frozen=True):
 
 Event = (
     Submitted
+    | Refused
     | Appended
     | AppendDuplicated
     | AppendFailed

@@ -54,6 +54,7 @@ _EXPIRED_PER_EVENT = 1_000
 _DUPLICATES_PER_REQUEST = 64
 _UNSETTLED_KEPT = 4_096
 _STALE_DEADLINES_ALLOWED = 1_024
+_STORE_FULL = "results of this tenant that nobody has fetched fill journal.max_result_bytes; fetch and acknowledge them"
 _DRAINING = "the daemon is stopping; submit again when it is back"
 
 
@@ -190,6 +191,10 @@ class Scheduler:
                 self.fleet.engine_lost(event.engine)
                 self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
+            case e.Refused():
+                self.counts.submitted += 1
+                self.counts.rejected += 1
+                self.errors[event.error_code] += 1
             case e.AppendDuplicated():
                 self._on_append_duplicated(event)
             case e.AppendFailed():
@@ -217,6 +222,9 @@ class Scheduler:
         if self._drain_until_us is not None:
             left_ms = max(1, (self._drain_until_us - event.t_us) // 1000)
             self._reject(request.request_id, "draining", _DRAINING, left_ms)
+            return
+        if event.store_is_full:
+            self._reject(request.request_id, "queue_full", _STORE_FULL, 1_000)
             return
         static = self.admission.masks(request)
         refusal = self.admission.refuse(request, static, self.queue.num_waiting)

@@ -1,7 +1,8 @@
 """A journal in memory: the contract of the durable one without its promise.
 
-Results are kept per tenant within `max_result_bytes`. When a tenant is over its bound its oldest *acknowledged* results
-go first; unacknowledged ones are never dropped silently: `is_full` then makes admission refuse new submits.
+Results are kept for `retention_s`, per tenant within `max_result_bytes` and over all tenants within
+`max_total_result_bytes`. When a tenant is over its bound its oldest *acknowledged* results go first; unacknowledged
+ones stay until their retention ends: `is_full` then makes admission refuse new submits.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ import msgspec
 from msd.config import JournalConfig
 from msd.domain import Energy, Prompt, Request, Result
 from msd.errors import JournalError
-from msd.ports import JournalListener
+from msd.ports import Clock, JournalListener
 
-_RESULT_OVERHEAD_BYTES = 700
-_TOKEN_ID_BYTES = 8
+_RESULT_OVERHEAD_BYTES = 2_000
+_TOKEN_ID_BYTES = 36
+"""An int object and its place in the tuple."""
 
 
 class _Stored:
-    __slots__ = ("acked", "content_hash", "num_bytes", "result")
+    __slots__ = ("acked", "content_hash", "num_bytes", "result", "stored_us")
 
-    def __init__(self, result: Result, content_hash: bytes) -> None:
+    def __init__(self, result: Result, content_hash: bytes, stored_us: int) -> None:
         self.result = result
         self.content_hash = content_hash
-        self.num_bytes = _RESULT_OVERHEAD_BYTES + len(result.text) + _TOKEN_ID_BYTES * len(result.token_ids)
+        self.stored_us = stored_us
+        text = result.text
+        num_text_bytes = len(text) if text.isascii() else len(text.encode())
+        self.num_bytes = _RESULT_OVERHEAD_BYTES + num_text_bytes + _TOKEN_ID_BYTES * len(result.token_ids)
         self.acked = False
 
 
@@ -45,8 +50,12 @@ class MemoryJournal:
 
     durable = False
 
-    def __init__(self, config: JournalConfig) -> None:
+    def __init__(self, config: JournalConfig, clock: Clock) -> None:
+        self._clock = clock
         self._max_bytes = config.max_result_bytes
+        self._max_total_bytes = config.max_total_result_bytes
+        self._retention_us = int(config.retention_s * 1e6)
+        self._num_bytes = 0
         self._pending: dict[str, tuple[Request, Prompt]] = {}
         self._tenants: dict[str, _TenantResults] = {}
         self._stored: dict[str, _Stored] = {}
@@ -91,14 +100,17 @@ class MemoryJournal:
             self.num_repeated_completions += 1
             return
         seq = self._take_seq()
-        stored = _Stored(msgspec.structs.replace(result, seq=seq), pending[0].content_hash)
+        now_us = self._clock.now_us()
+        stored = _Stored(msgspec.structs.replace(result, seq=seq), pending[0].content_hash, now_us)
         tenant = self._tenants.get(result.tenant)
         if tenant is None:
             tenant = self._tenants[result.tenant] = _TenantResults()
         tenant.by_id[request_id] = self._stored[request_id] = stored
         tenant.by_client_id[result.client_request_id] = request_id
         tenant.num_bytes += stored.num_bytes
-        while tenant.num_bytes > self._max_bytes and tenant.acked:
+        self._num_bytes += stored.num_bytes
+        self._expire(tenant, now_us)
+        while self._is_over(tenant) and tenant.acked:
             self._drop(tenant, next(iter(tenant.acked)))
         self._listener.on_completed(request_id, seq)
 
@@ -109,10 +121,15 @@ class MemoryJournal:
             outcome = msgspec.structs.replace(stored.result.outcome, energy=energy)
             stored.result = msgspec.structs.replace(stored.result, outcome=outcome)
 
-    def is_full(self, tenant: str) -> bool:
-        """Whether unacknowledged results alone fill the tenant's bound."""
+    def is_full(self, tenant: str, client_request_id: str) -> bool:
+        """Whether unacknowledged results fill the tenant's bound, or everybody's."""
         results = self._tenants.get(tenant)
-        return results is not None and results.num_bytes > self._max_bytes and not results.acked
+        if results is None:
+            return self._num_bytes > self._max_total_bytes
+        if not self._is_over(results) or results.acked:
+            return False
+        self._expire(results, self._clock.now_us())
+        return self._is_over(results) and client_request_id not in results.by_client_id
 
     async def find(
         self, tenant: str, request_id: str | None = None, client_request_id: str | None = None
@@ -152,7 +169,7 @@ class MemoryJournal:
             if stored is not None and not stored.acked:
                 stored.acked = True
                 results.acked[request_id] = None
-        while results.num_bytes > self._max_bytes and results.acked:
+        while self._is_over(results) and results.acked:
             self._drop(results, next(iter(results.acked)))
 
     async def stop(self) -> None:
@@ -163,9 +180,21 @@ class MemoryJournal:
         self._next_seq += 1
         return seq
 
+    def _is_over(self, results: _TenantResults) -> bool:
+        return results.num_bytes > self._max_bytes or self._num_bytes > self._max_total_bytes
+
+    def _expire(self, results: _TenantResults, now_us: int) -> None:
+        """Drop what is past its retention; the oldest stand first."""
+        while results.by_id:
+            request_id, oldest = next(iter(results.by_id.items()))
+            if now_us - oldest.stored_us < self._retention_us:
+                break
+            self._drop(results, request_id)
+
     def _drop(self, results: _TenantResults, request_id: str) -> None:
-        del results.acked[request_id]
+        results.acked.pop(request_id, None)
         del self._stored[request_id]
         stored = results.by_id.pop(request_id)
         del results.by_client_id[stored.result.client_request_id]
         results.num_bytes -= stored.num_bytes
+        self._num_bytes -= stored.num_bytes

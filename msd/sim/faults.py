@@ -12,7 +12,7 @@ from msgspec import structs
 from msd.config import JournalConfig
 from msd.domain import CounterReading, GpuView, Prompt, Request, Result
 from msd.journal.memory import MemoryJournal
-from msd.ports import GpuProbe
+from msd.ports import Clock, GpuProbe
 
 T = TypeVar("T")
 
@@ -29,8 +29,10 @@ class InlineOffload:
 class SimJournal(MemoryJournal):
     """The memory journal behind a disk: answers come later, out of order between requests, and some appends fail."""
 
-    def __init__(self, config: JournalConfig, rng: Random, latency_ms: float, failure_share: float) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: JournalConfig, clock: Clock, rng: Random, latency_ms: float, failure_share: float
+    ) -> None:
+        super().__init__(config, clock)
         self._rng = rng
         self._latency_s = latency_ms / 1_000
         self._failure_share = failure_share

@@ -16,13 +16,12 @@ from functools import partial
 from random import Random
 
 from msd.config import Config, EngineConfig
-from msd.core import commands as c
 from msd.core import events as e
 from msd.core.commands import Command
 from msd.core.events import Event
 from msd.core.scheduler import Scheduler
 from msd.dispatch import Dispatcher
-from msd.domain import ExitKind, Outcome
+from msd.domain import ExitKind
 from msd.egress import Egress
 from msd.engine.pool import Pool
 from msd.engine.sim import SimEngine
@@ -40,8 +39,6 @@ from msd.simgpu import SimGpu
 from msd.telemetry.sim import SimProbe
 
 EPOCH = "sim"
-_NUMBER = slice(len(EPOCH) + 1, None)
-"""The counter in a request's id, in hex."""
 LIVENESS_S = 900.0
 """Once nothing new comes, every request must have ended within this time."""
 SETTLE_S = 40
@@ -51,16 +48,6 @@ WINDOW_S = 5.0
 GC_THRESHOLDS = (10_000, 20, 50)
 """As the daemon sets them: at the default of 700 the collector takes 6 % of a world."""
 MakeScheduler = Callable[[Config, Random], Scheduler]
-_EVENT_NUMBERS = {
-    event: number
-    for number, event in enumerate(
-        (
-            e.Submitted, e.Appended, e.AppendDuplicated, e.AppendFailed, e.Recovered, e.FirstToken, e.Finished,
-            e.Failed, e.Completed, e.Cancelled, e.EngineStarting, e.EngineUp, e.EngineLost, e.EngineStepped,
-            e.CounterRead, e.ViewTaken, e.Draining, e.Tick,
-        )
-    )
-}  # fmt: skip
 
 
 def run_world(
@@ -107,8 +94,6 @@ class World:
         self._checks = Checks(config, self._scheduler)
         self._digest = Digest()
         self._engines: dict[str, SimEngine] = {}
-        self._mode_numbers = {engine.name: number for number, engine in enumerate(config.engine)}
-        self._outcomes: list[Outcome] = []
         self._num_events = 0
         self._num_deaths = 0
 
@@ -138,7 +123,11 @@ class World:
     async def _main(self) -> None:
         config, weather, loop = self._config, self._weather, self._loop
         journal = SimJournal(
-            config.journal, self._chance("journal"), weather.journal_latency_ms, weather.journal_failure_share
+            config.journal,
+            loop,
+            self._chance("journal"),
+            weather.journal_latency_ms,
+            weather.journal_failure_share,
         )
         async with asyncio.TaskGroup() as tasks:
             dispatcher = Dispatcher(
@@ -271,41 +260,18 @@ class World:
         commands = self._handle(event)
         self._num_events += 1
         self._checks.after(event, commands)
-        numbers = self._digest.numbers
-        numbers += (_EVENT_NUMBERS[type(event)], event.t_us)
-        match event:
-            case e.Finished():
-                numbers += (int(event.request_id[_NUMBER], 16), event.attempt, event.num_completion_tokens)
-            case e.CounterRead():
-                numbers.append(event.reading.energy_mj)
-                self._digest.flush()
-        for command in commands:
-            match command:
-                case c.Append() | c.Ack():
-                    pass
-                case c.Reject() | c.Deliver() | c.Abort():
-                    numbers.append(int(command.request_id[_NUMBER], 16))
-                case c.Dispatch():
-                    mode = self._mode_numbers[command.decision.engine]
-                    numbers += (int(command.request_id[_NUMBER], 16), command.attempt, mode)
-                case c.Complete():
-                    outcome = command.outcome
-                    self._outcomes.append(outcome)
-                    numbers += (int(outcome.request_id[_NUMBER], 16), outcome.num_completion_tokens)
-                case c.Settle():
-                    energy = command.energy
-                    numbers += (int(command.request_id[_NUMBER], 16), energy.dynamic_mj, energy.static_mj)
+        self._digest.add(event, commands)
         return commands
 
     def report(self, wall_s: float) -> Report:
         """What the world came to."""
         scheduler, counts = self._scheduler, self._scheduler.counts
-        answered = [outcome for outcome in self._outcomes if outcome.finish_reason in ("stop", "length")]
+        answered = [outcome for outcome in self._checks.outcomes if outcome.finish_reason in ("stop", "length")]
         num_tokens = sum(outcome.num_completion_tokens for outcome in answered)
         virtual_s = (self._loop.now_us() - self._start_us) / 1e6
         served_s = max(1e-6, (self._served_us - self._start_us) / 1e6)
         energy_mj = self._energy_mj()
-        self._digest.numbers += energy_mj.values()
+        self._digest.add_numbers(energy_mj.values())
         by_mode: Counter[str] = Counter()
         by_reason: Counter[str] = Counter()
         for (mode, reason), count in sorted(scheduler.reasons.items()):

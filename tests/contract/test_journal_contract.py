@@ -13,8 +13,22 @@ from msd.errors import JournalError
 from msd.journal.memory import MemoryJournal
 from msd.ports import Journal
 
+
+class HandClock:
+    """Moved by the test."""
+
+    t_us = 0
+
+    def now_us(self) -> int:
+        return HandClock.t_us
+
+
+RETENTION_S = 100.0
 JOURNALS: dict[str, Callable[[int], Journal]] = {
-    "memory": lambda max_bytes: MemoryJournal(JournalConfig(max_result_bytes=max_bytes)),
+    "memory": lambda max_bytes: MemoryJournal(
+        JournalConfig(max_result_bytes=max_bytes, max_total_result_bytes=2 * max_bytes, retention_s=RETENTION_S),
+        HandClock(),
+    ),
 }
 
 
@@ -157,8 +171,9 @@ def test_only_acknowledged_results_make_room(make: Callable[[int], Journal]) -> 
         for request in requests[:4]:
             journal.append(request, PROMPT)
             journal.complete(a_result(request, "x" * 2_000))
-        assert journal.is_full("t")
-        assert not journal.is_full("other")
+        assert journal.is_full("t", "new")
+        assert not journal.is_full("t", "r1"), "a repeat needs no room: it has its result"
+        assert not journal.is_full("other", "new")
         assert await journal.find("t", "r0") is not None, "nobody has acknowledged it: it stays beyond the bound"
         journal.acknowledge("t", ["r0", "r1", "unknown"])
         journal.acknowledge("other", ["r2"])
@@ -169,7 +184,7 @@ def test_only_acknowledged_results_make_room(make: Callable[[int], Journal]) -> 
             journal.complete(a_result(request, ""))
         assert await journal.find("t", "r7") is not None
 
-    run(make, body, max_bytes=6_000)
+    run(make, body, max_bytes=10_000)
 
 
 def test_settled_energy_replaces_the_provisional(make: Callable[[int], Journal]) -> None:
@@ -185,3 +200,30 @@ def test_settled_energy_replaces_the_provisional(make: Callable[[int], Journal])
         assert found.outcome.energy == energy
 
     run(make, body)
+
+
+def test_retention_ends_what_nobody_fetches(make: Callable[[int], Journal]) -> None:
+    async def body(journal: Journal, listener: Listener) -> None:
+        for number in range(4):
+            journal.append(a_request(f"r{number}"), PROMPT)
+            journal.complete(a_result(a_request(f"r{number}"), "x" * 2_000))
+        assert journal.is_full("t", "new")
+        HandClock.t_us += int(RETENTION_S * 1e6) + 1
+        assert not journal.is_full("t", "new")
+        assert await journal.find("t", "r0") is None
+        journal.append(a_request("again", "r0"), PROMPT)
+        assert listener.heard[-1][:2] == ("appended", "again"), "its key is free again"
+
+    run(make, body, max_bytes=10_000)
+
+
+def test_all_tenants_together_are_bounded(make: Callable[[int], Journal]) -> None:
+    async def body(journal: Journal, listener: Listener) -> None:
+        for tenant in ("a", "b", "c"):
+            for number in range(2):
+                request = a_request(f"{tenant}{number}", tenant=tenant)
+                journal.append(request, PROMPT)
+                journal.complete(a_result(request, "x" * 2_000))
+        assert journal.is_full("d", "new"), "each is within its bound, all together are not"
+
+    run(make, body, max_bytes=10_000)
