@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from msd.client import Client, RequestError
-from msd.wire import Done
+from msd.wire import Acked, Done, Error, Fetch, Results
 from tests.daemon_process import NOOP, SIM, DaemonProcess
+from tests.raw_client import RawClient
 
 
 def children_of(pid: int) -> list[int]:
@@ -137,3 +138,47 @@ def test_a_killed_daemon_leaves_its_socket_and_the_next_takes_it(tmp_path: Path)
         (tmp_path / "notify.sock").unlink()
     with DaemonProcess(tmp_path, NOOP) as again, Client(again.endpoint) as client:
         assert client.submit("hello", max_tokens=1).result(5).finish_reason == "length"
+
+
+SMALL_STORE = """
+[journal]
+max_result_bytes = 7000
+"""
+
+
+def test_a_full_store_refuses_new_work_but_not_repeats(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, NOOP + SMALL_STORE) as daemon:
+        with RawClient(daemon.endpoint) as raw:
+            for number in range(2):  # 3.8 kB each, as memory
+                raw.submit(f"r{number}", max_tokens=40)
+                assert isinstance(raw.answer_to(f"r{number}"), Done)
+            raw.submit("one too many", max_tokens=1)
+            refused = raw.answer_to("one too many")
+            assert isinstance(refused, Error)
+            assert (refused.code, refused.retryable) == ("queue_full", True)
+            raw.submit("r1", max_tokens=40)
+            repeated = raw.answer_to("r1")
+            assert isinstance(repeated, Done), "its result is there, and needs no room"
+            raw.send(Acked(request_ids=(repeated.request_id,)))
+            raw.submit("there is room again", max_tokens=1)
+            assert isinstance(raw.answer_to("there is room again"), Done)
+        with Client(daemon.endpoint) as client:
+            requests = client.status()["requests"]
+            assert isinstance(requests, dict)
+            assert requests["rejected"] == 1
+
+
+def test_fetch_keeps_to_its_bytes_and_takes_an_id_once(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, NOOP) as daemon, RawClient(daemon.endpoint) as raw:
+        ids = []
+        for number in range(4):
+            raw.submit(f"r{number}", max_tokens=400)
+            done = raw.answer_to(f"r{number}")
+            assert isinstance(done, Done)
+            ids.append(done.request_id)
+        raw.send(Fetch(request_ids=(ids[0], ids[0], *ids), max_bytes=5_000))
+        results = raw.receive(Results)
+        assert len(results.items) < 4
+        assert results.more
+        raw.send(Fetch(request_ids=(ids[0], ids[0])))
+        assert len(raw.receive(Results).items) == 1
