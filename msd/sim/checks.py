@@ -18,7 +18,7 @@ from msd.core.commands import Command
 from msd.core.entry import Phase
 from msd.core.events import Event
 from msd.core.scheduler import Scheduler
-from msd.domain import CounterReading, Request
+from msd.domain import CounterReading, Outcome, Request
 from msd.sim.report import Check
 
 SHOWN = 5
@@ -93,6 +93,8 @@ class Checks:
         self._settled_mj = 0
         self._settled: set[str] = set()
         self._num_given_up = 0
+        self.outcomes: list[Outcome] = []
+        """Of all that were completed, for the report."""
         self.story: deque[Event] = deque(maxlen=STORY_EVENTS)
         self.told: tuple[Event, ...] = ()
         """The events up to the first violation."""
@@ -214,8 +216,10 @@ class Checks:
         self._end(command.request_id)
 
     def _on_complete(self, command: c.Complete) -> None:
-        request_id = command.outcome.request_id
-        known = self._find(request_id, "completed")
+        outcome = command.outcome
+        request_id = outcome.request_id
+        self.outcomes.append(outcome)
+        known = self._known.get(request_id) or self._find(request_id, "completed")
         self._looked["one_terminal_state"] += 1
         if known.state >= _COMPLETING:
             self._break("one_terminal_state", "{} got a second terminal state", (request_id,))
@@ -262,7 +266,7 @@ class Checks:
 
     def _on_dispatch(self, command: c.Dispatch) -> None:
         request_id, decision, looked = command.request_id, command.decision, self._looked
-        known = self._find(request_id, "dispatched")
+        known = self._known.get(request_id) or self._find(request_id, "dispatched")
         request, engine = known.request, decision.engine
         looked["order_of_states"] += 1
         if known.state != _WAITING or command.attempt != known.attempt + 1:

@@ -1,12 +1,54 @@
-"""The fingerprint of a run: BLAKE2 over integers (times in us, energies in mJ, numbers of requests and modes)."""
+"""The fingerprint of a run: BLAKE2 over integers and ids of what happened (times in us, energies in mJ, engines)."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
-from array import array
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+
+from msd.core import commands as c
+from msd.core import events as e
+from msd.core.commands import Command
+from msd.core.events import Event
 
 _BUFFERED = 8_192
+_Look = Callable[[Any], tuple[int | str, ...]]
+_EVENTS: dict[type, tuple[int, _Look | None]] = {
+    event: (number, look)
+    for number, (event, look) in enumerate(
+        (
+            (e.Submitted, None),
+            (e.Appended, None),
+            (e.AppendDuplicated, None),
+            (e.AppendFailed, None),
+            (e.Recovered, None),
+            (e.FirstToken, None),
+            (e.Finished, attrgetter("request_id", "attempt", "num_completion_tokens")),
+            (e.Failed, attrgetter("request_id", "attempt")),
+            (e.Completed, None),
+            (e.Cancelled, None),
+            (e.EngineStarting, None),
+            (e.EngineUp, None),
+            (e.EngineLost, None),
+            (e.EngineStepped, None),
+            (e.CounterRead, attrgetter("reading.epoch", "reading.energy_mj")),
+            (e.ViewTaken, None),
+            (e.Draining, None),
+            (e.Tick, None),
+        )
+    )
+}
+_COMMANDS: dict[type, _Look] = {
+    c.Dispatch: attrgetter("request_id", "attempt", "decision.engine"),
+    c.Complete: attrgetter("outcome.request_id", "outcome.num_completion_tokens"),
+    c.Settle: attrgetter("request_id", "energy.dynamic_mj", "energy.static_mj"),
+    c.Reject: attrgetter("request_id", "error_code"),
+    c.Deliver: attrgetter("request_id", "seq"),
+    c.Abort: attrgetter("request_id", "attempt"),
+}
 
 
 class Digest:
@@ -14,20 +56,29 @@ class Digest:
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
-        self.numbers: list[int] = []
-        """What comes next, each of up to 63 bits; append here, and call `flush` now and then."""
+        self._items: list[int | str] = []
 
-    def flush(self) -> None:
-        """Digest the numbers once they are many."""
-        if len(self.numbers) >= _BUFFERED:
+    def add(self, event: Event, commands: Sequence[Command]) -> None:
+        """Take in one step of the scheduler."""
+        items = self._items
+        number, look = _EVENTS[type(event)]
+        items += (number, event.t_us)
+        if look is not None:
+            items += look(event)
+        for command in commands:
+            look = _COMMANDS.get(type(command))
+            if look is not None:
+                items += look(command)
+        if len(items) >= _BUFFERED:
             self._take()
 
+    def add_numbers(self, numbers: Iterable[int]) -> None:
+        """Take in what else a run came to."""
+        self._items += numbers
+
     def _take(self) -> None:
-        numbers = array("q", self.numbers)
-        if sys.byteorder == "big":
-            numbers.byteswap()
-        self._hash.update(numbers.tobytes())
-        self.numbers.clear()
+        self._hash.update(msgspec.msgpack.encode(self._items))
+        self._items.clear()
 
     def hexdigest(self) -> str:
         """The fingerprint of everything added so far."""
