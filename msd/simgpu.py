@@ -108,7 +108,8 @@ class SimGpu:
         self._advance(now_us)
         if self._busy.pop(engine, None) is not None:
             self._busy_changed()
-            self._tell_sharers(engine)
+        # Also when the work had ended by itself: only now it is known that no next one follows at once.
+        self._tell_sharers(engine)
 
     def done_us(self, engine: str, now_us: int) -> float | None:
         """How much of the work in hand has been done; None when all of it is."""

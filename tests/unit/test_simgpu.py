@@ -69,6 +69,21 @@ def test_leaving_early_speeds_the_other_up_and_tells_it() -> None:
     assert gpu.due_us("a", 4_000) == 12_000
 
 
+def test_falling_idle_after_the_work_ended_tells_the_other_too() -> None:
+    gpu = make_gpu()
+    told: list[str] = []
+    gpu.attach("a", 1, lambda: told.append("a"))
+    gpu.attach("b", 1, nothing)
+    gpu.start_work("a", 10_000, 0.0, 0)
+    gpu.start_work("b", 2_000, 0.0, 0)
+    assert gpu.due_us("a", 0) == 12_000
+    gpu.due_us("b", 4_000)  # its work is done now
+    told.clear()
+    gpu.end_work("b", 4_000)
+    assert told == ["a"]
+    assert gpu.due_us("a", 4_000) == 12_000
+
+
 def test_shortened_work_ends_early_and_costs_its_share_of_the_energy() -> None:
     gpu = make_gpu(idle_w=0.0)
     gpu.attach("a", 1, nothing)
