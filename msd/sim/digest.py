@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -16,30 +16,13 @@ from msd.core.events import Event
 
 _BUFFERED = 8_192
 _Look = Callable[[Any], tuple[int | str, ...]]
+_LOOKS: dict[type, _Look] = {
+    e.Finished: attrgetter("request_id", "attempt", "num_completion_tokens"),
+    e.Failed: attrgetter("request_id", "attempt"),
+    e.CounterRead: attrgetter("reading.epoch", "reading.energy_mj"),
+}
 _EVENTS: dict[type, tuple[int, _Look | None]] = {
-    event: (number, look)
-    for number, (event, look) in enumerate(
-        (
-            (e.Submitted, None),
-            (e.Appended, None),
-            (e.AppendDuplicated, None),
-            (e.AppendFailed, None),
-            (e.Recovered, None),
-            (e.FirstToken, None),
-            (e.Finished, attrgetter("request_id", "attempt", "num_completion_tokens")),
-            (e.Failed, attrgetter("request_id", "attempt")),
-            (e.Completed, None),
-            (e.Cancelled, None),
-            (e.EngineStarting, None),
-            (e.EngineUp, None),
-            (e.EngineLost, None),
-            (e.EngineStepped, None),
-            (e.CounterRead, attrgetter("reading.epoch", "reading.energy_mj")),
-            (e.ViewTaken, None),
-            (e.Draining, None),
-            (e.Tick, None),
-        )
-    )
+    event: (number, _LOOKS.get(event)) for number, event in enumerate(get_args(Event))
 }
 _COMMANDS: dict[type, _Look] = {
     c.Dispatch: attrgetter("request_id", "attempt", "decision.engine"),
