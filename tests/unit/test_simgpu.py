@@ -76,7 +76,7 @@ def test_falling_idle_after_the_work_ended_tells_the_other_too() -> None:
     gpu.attach("b", 1, nothing)
     gpu.start_work("a", 10_000, 0.0, 0)
     gpu.start_work("b", 2_000, 0.0, 0)
-    assert gpu.due_us("a", 0) == 12_000
+    assert gpu.due_us("a", 0) == 20_000
     gpu.due_us("b", 4_000)  # its work is done now
     told.clear()
     gpu.end_work("b", 4_000)
