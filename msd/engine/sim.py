@@ -30,6 +30,8 @@ from math import ceil, log, sqrt
 from random import Random
 from zlib import crc32
 
+from msgspec import msgpack
+
 from msd.config import EngineConfig
 from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt
 from msd.engine.tokens import SIM_WORD_CHARS, SIM_WORDS
@@ -42,6 +44,8 @@ MAX_PREFILL_TOKENS = 8_192
 MAX_WAITING_PER_SLOT = 2
 """The engine's own queue holds this many times `max_num_seqs`; beyond, it refuses."""
 ENERGY_NOISE = 0.03
+NOISE_WIDTH = ENERGY_NOISE * sqrt(12)
+"""Of the uniform distribution with that standard deviation: it costs a fifth of a Gaussian one."""
 WARM_UP_PROMPT_TOKENS = 32
 FILLER_TOKENS = 16_384
 
@@ -90,19 +94,22 @@ class _Run:
 
     def wake(self, ready: int) -> None:
         self.ready = ready
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        waiter = self.waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def next_chunk(self, ids: tuple[int, ...], text: str) -> Chunk:
-        first, last = self.sent, min(self.ready, self.sent + FILLER_TOKENS)
+        first, last = self.sent, self.ready
+        if last - first > FILLER_TOKENS:
+            last = first + FILLER_TOKENS
         self.sent = last
         begin = (self.begin + first) % FILLER_TOKENS
-        char = begin * SIM_WORD_CHARS
-        num_chars = max(0, min(last * SIM_WORD_CHARS, self.text_chars) - first * SIM_WORD_CHARS)
-        finished = self.over and last == self.length
-        return Chunk(
-            ids[begin : begin + last - first], text[char : char + num_chars], self.finish_reason if finished else None
-        )
+        end = begin + last - first
+        end_char = end * SIM_WORD_CHARS
+        if last * SIM_WORD_CHARS > self.text_chars:  # a stop string is not part of the text
+            end_char = max(begin * SIM_WORD_CHARS, end_char - last * SIM_WORD_CHARS + self.text_chars)
+        finish_reason = self.finish_reason if last == self.length and self.over else None
+        return Chunk(ids[begin:end], text[begin * SIM_WORD_CHARS : end_char], finish_reason)
 
 
 class SimEngine:
@@ -182,8 +189,8 @@ class SimEngine:
         try:
             while True:
                 if run.ready == run.sent:
-                    run.waiter = loop.create_future()
-                    await run.waiter
+                    waiter = run.waiter = loop.create_future()
+                    await waiter
                 if self._state is not _State.UP:
                     self._check_up()
                 chunk = run.next_chunk(self._filler_ids, self._filler_text)
@@ -247,8 +254,10 @@ class SimEngine:
             )
         assert request_id not in self._waiting, f"{request_id} waits already"
         assert request_id not in self._running, f"{request_id} runs already"
-        # crc32 of digits, not hash(): the same on every machine. Sixteen ids: the whole prompt would cost 20 us.
-        digest = crc32(repr((prompt.token_ids[-16:], num_prompt_tokens, prompt.sampling.seed)).encode())
+        # crc32 of bytes, not hash(): the same on every machine. Sixteen ids: the whole prompt would cost 20 us.
+        seed = prompt.sampling.seed
+        ends = (*prompt.token_ids[-16:], num_prompt_tokens, -1 if seed is None else seed)
+        digest = crc32(msgpack.encode(ends))
         run = _Run(request_id, num_prompt_tokens, kv_tokens, digest % FILLER_TOKENS, length)
         mean = self._sim.output_tokens
         if mean > 1 and not prompt.sampling.ignore_eos:
@@ -294,13 +303,15 @@ class SimEngine:
     def _begin_jump(self, now_us: int) -> None:
         """Start one step with newcomers in it, or all steps until something interesting comes; or fall idle."""
         sim = self._sim
-        newcomers = self._prefilling = self._take_in()
+        newcomers = self._prefilling = self._take_in() if self._waiting else []
         num_running = len(self._running)
         if not num_running:
             self._jump_steps = 0
             self._gpu.end_work(self.name, now_us)
             return
-        num_prefill_tokens = sum(run.num_prompt_tokens for run in newcomers)
+        num_prefill_tokens = 0
+        for run in newcomers:
+            num_prefill_tokens += run.num_prompt_tokens
         step_ms = sim.step_ms + sim.prefill_ms_per_token * num_prefill_tokens + sim.decode_ms_per_request * num_running
         self._jump_step_us = max(1.0, step_ms * 1_000)
         self._jump_steps = steps = 1 if newcomers else self._steps_to_next(now_us)
@@ -308,7 +319,7 @@ class SimEngine:
         energy_mj = (
             sim.step_mj * steps + sim.prefill_mj_per_token * num_prefill_tokens + sim.decode_mj_per_token * num_decoded
         )
-        noise = max(0.0, self._rng.gauss(1.0, ENERGY_NOISE / sqrt(steps)))
+        noise = 1.0 + (self._rng.random() - 0.5) * NOISE_WIDTH / sqrt(steps)
         due_us = self._gpu.start_work(self.name, self._jump_step_us * steps, energy_mj * noise, now_us)
         self._set_timer(due_us, now_us)
 
@@ -392,18 +403,20 @@ class SimEngine:
             last_step = self._step + ceil((run.length - 1) / tokens_per_step)
             heappush(self._finishing, (last_step, self._num_admitted, run))
             run.wake(1)
-        while self._finishing and self._finishing[0][0] <= self._step:
-            run = heappop(self._finishing)[2]
+        finishing = self._finishing
+        while finishing and finishing[0][0] <= self._step:
+            run = heappop(finishing)[2]
             if not run.over:
                 self._release(run)
                 run.wake(run.length)
         if now_us >= self._emit_us:
             self._emit_us = now_us + self._emit_interval_us
+            step = self._step
             for run in self._running.values():
-                ready = min(run.length, 1 + int((self._step - run.step) * tokens_per_step))
+                ready = min(run.length, 1 + int((step - run.step) * tokens_per_step))
                 if ready > run.ready:
                     run.wake(ready)
-        if len(self._finishing) > 2 * len(self._running) + self._max_num_seqs:
+        if len(finishing) > 2 * len(self._running) + self._max_num_seqs:
             self._finishing = sorted(entry for entry in self._finishing if not entry[2].over)
 
     def _end(self, state: _State) -> None:
