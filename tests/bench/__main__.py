@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
 
 from tests.bench import page
-from tests.bench.harness import RESULTS, CannotMeasureError, Options, Target, finish, load, say
+from tests.bench.harness import (
+    DEFAULT_REPEATS,
+    RESULTS,
+    ROOT,
+    CannotMeasureError,
+    Options,
+    Surroundings,
+    Target,
+    finish,
+    load,
+    look_around,
+    say,
+)
 
 TARGETS = ("core", "zmq_path", "sim_speed", "soak", "loop_lag", "vllm_path")
 """From the quickest to the slowest. Each is a module here with a function `measure(Options) -> list[Row]`."""
@@ -25,8 +39,12 @@ def main() -> int:
     """Run the named targets, all without names; or write the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="of each figure (default 5)")
-    parser.add_argument("--quick", action="store_true", help="short repeats, to try a target out")
+    parser.add_argument(
+        "--repeats", type=int, default=DEFAULT_REPEATS, help=f"of each figure (default {DEFAULT_REPEATS})"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="short repeats, to try a target out; results go to build/bench/quick"
+    )
     parser.add_argument(
         "--write-docs", type=Path, metavar="FILE", help="write the page from build/bench, measure nothing"
     )
@@ -39,23 +57,47 @@ def main() -> int:
     options = Options(repeats=arguments.repeats, quick=arguments.quick)
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     failed = False
+    began = time.monotonic()
     for name in arguments.targets or TARGETS:
-        say(f"{name}: {options.repeats} repeats")
-        measure: Target = importlib.import_module(f"tests.bench.{name}").measure
-        try:
-            result = finish(name, measure(options))
-        except CannotMeasureError as error:
-            failed = True
-            say(f"{name}: COULD NOT MEASURE: {error}")
-        else:
-            page.show(result, console)
-            say(f"{name}: {sum(row.holds is False for row in result.rows)} misses; {RESULTS / f'{name}.json'}")
+        failed = not _measure(name, options, console) or failed
+    say(f"{time.monotonic() - began:.0f} s in all")
     return int(failed)
 
 
+def _measure(name: str, options: Options, console: Console) -> bool:
+    """Measure one target, print and write it. False: it could not be measured."""
+    surroundings = look_around()
+    say(f"{name}: {options.repeats} repeats{' (quick)' if options.quick else ''}; {_machine(surroundings)}")
+    measure: Target = importlib.import_module(f"tests.bench.{name}").measure
+    began = time.monotonic()
+    try:
+        rows = measure(options)
+    except CannotMeasureError as error:
+        say(f"{name}: COULD NOT MEASURE: {error} ({time.monotonic() - began:.0f} s)")
+        return False
+    result = finish(name, rows, options, surroundings, time.monotonic() - began)
+    page.show(result, console)
+    num_misses = sum(row.holds is False for row in result.rows)
+    say(f"{name}: {num_misses} misses; {result.meta.wall_s:.0f} s; {options.folder.relative_to(ROOT) / f'{name}.json'}")
+    return True
+
+
+def _machine(surroundings: Surroundings) -> str:
+    loads = " ".join(f"{load:.1f}" for load in surroundings.load_averages)
+    return f"others keep {surroundings.busy_cores:.1f} of {os.cpu_count()} cores busy, load average {loads}"
+
+
 def _write_docs(file: Path) -> int:
+    """Write the page from what `make bench` left; refuse where a result is none, or a quick one."""
     known = [RESULTS / f"{name}.json" for name in TARGETS]
-    results = [load(path) for path in known if path.is_file()]
+    try:
+        results = [load(path) for path in known if path.is_file()]
+    except CannotMeasureError as error:
+        say(f"{error}; measure again")
+        return 1
+    if quick := [result.meta.target for result in results if result.meta.quick]:
+        say(f"quick results are not figures to keep: measure {', '.join(quick)} without --quick")
+        return 1
     if not results:
         say(f"nothing in {RESULTS}: measure first")
         return 1

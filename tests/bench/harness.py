@@ -1,6 +1,7 @@
 """One form for every benchmark: rows with a bar, medians of repeats, a table, and build/bench/<target>.json.
 
 A row that misses its bar is a result and is printed as a miss; only what could not be measured makes a target fail.
+Quick results are for trying out: they lie in a folder of their own and carry a mark, and no page is written from them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "build" / "bench"
+QUICK_RESULTS = RESULTS / "quick"
+DEFAULT_REPEATS = 5
+LOOK_AROUND_S = 1.0
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -36,7 +41,7 @@ class Peer(Struct, frozen=True, kw_only=True):
 
 
 class Row(Struct, frozen=True, kw_only=True):
-    """One figure. `value` is the median of `repeats`; `bar` None: printed for the record."""
+    """One figure. `value` is the median of `repeats` unless the name says otherwise; `bar` None: for the record."""
 
     name: str
     value: float | None
@@ -61,7 +66,13 @@ class Meta(Struct, frozen=True, kw_only=True):
     cores: int
     python: str
     load_average: float
-    """Over the minute before: other work on the machine shows here."""
+    """Over the minute before the target began. Of a later target it holds what the earlier ones did, too."""
+    busy_cores: float
+    """Cores that others kept busy in the second before the target began, when the bench itself slept."""
+    wall_s: float
+    """How long the target took."""
+    quick: bool
+    """Short repeats: not figures to keep."""
 
 
 class Result(Struct, frozen=True, kw_only=True):
@@ -71,11 +82,32 @@ class Result(Struct, frozen=True, kw_only=True):
     rows: list[Row]
 
 
+class Surroundings(Struct, frozen=True, kw_only=True):
+    """What else runs on the machine."""
+
+    load_averages: tuple[float, float, float]
+    busy_cores: float
+
+
 class Options(Struct, frozen=True, kw_only=True):
     """How thoroughly to measure; `quick` is for trying out, its figures are not to be kept."""
 
-    repeats: int = 5
+    repeats: int = DEFAULT_REPEATS
     quick: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where results go: quick ones do not overwrite others."""
+        return QUICK_RESULTS if self.quick else RESULTS
+
+    def command(self, target: str) -> str:
+        """What to type to measure a target like this again."""
+        words = [target]
+        if self.repeats != DEFAULT_REPEATS:
+            words.append(f"--repeats {self.repeats}")
+        if self.quick:
+            words.append("--quick")
+        return f"make bench ARGS='{' '.join(words)}'"
 
     def scaled(self, full: float, quick: float) -> float:
         """Pick a size."""
@@ -94,11 +126,15 @@ def row(
     op: Literal["<=", ">="] = "<=",
     bar: float | None = None,
     peer: Peer | None = None,
+    of_repeats: Callable[[Sequence[float]], float] = statistics.median,
 ) -> Row:
-    """Make a row from its repeats. Raises CannotMeasureError when there is none."""
+    """Make a row from its repeats; `of_repeats` other than the median belongs into the name.
+
+    Raises CannotMeasureError when there is no repeat.
+    """
     if not repeats:
         raise CannotMeasureError(f"{target}: {name}: no repeat gave a figure")
-    value = statistics.median(repeats)
+    value = of_repeats(repeats)
     holds = None if bar is None else (value <= bar if op == "<=" else value >= bar)
     quartiles = statistics.quantiles(repeats, n=4, method="inclusive") if len(repeats) > 1 else [value] * 3
     return Row(
@@ -110,22 +146,49 @@ def row(
         holds=holds,
         repeats=[significant(repeat) for repeat in repeats],
         iqr=significant(quartiles[2] - quartiles[0]),
-        command=f"python -m tests.bench {target}",
         peer=peer,
     )
 
 
-def skipped(
-    name: str, unit: str, reason: str, *, target: str, op: Literal["<=", ">="] = "<=", bar: float | None = None
-) -> Row:
+def skipped(name: str, unit: str, reason: str, *, op: Literal["<=", ">="] = "<=", bar: float | None = None) -> Row:
     """A row that this machine cannot measure, and why."""
-    command = f"python -m tests.bench {target}"
-    return Row(name=name, value=None, unit=unit, op=op, bar=bar, command=command, skipped=reason)
+    return Row(name=name, value=None, unit=unit, op=op, bar=bar, skipped=reason)
 
 
-def finish(target: str, rows: list[Row], folder: Path = RESULTS) -> Result:
-    """Write the target's file."""
-    result = Result(meta=_meta(target), rows=rows)
+def look_around() -> Surroundings:
+    """Sleep a second and see what the machine does meanwhile: results depend on it."""
+    load_averages = os.getloadavg()
+    before = _busy_ticks()
+    began = time.monotonic()
+    time.sleep(LOOK_AROUND_S)
+    busy_cores = (_busy_ticks() - before) / CLOCK_TICKS_PER_S / (time.monotonic() - began)
+    return Surroundings(load_averages=load_averages, busy_cores=busy_cores)
+
+
+def finish(
+    target: str,
+    rows: list[Row],
+    options: Options,
+    surroundings: Surroundings,
+    wall_s: float,
+    folder: Path | None = None,
+) -> Result:
+    """Write the target's file: into `folder`, else where the options say."""
+    command = options.command(target)
+    meta = Meta(
+        target=target,
+        commit=_commit(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        host=_host(),
+        cores=os.cpu_count() or 0,
+        python=platform.python_version(),
+        load_average=significant(surroundings.load_averages[0]),
+        busy_cores=significant(surroundings.busy_cores),
+        wall_s=significant(wall_s),
+        quick=options.quick,
+    )
+    result = Result(meta=meta, rows=[structs.replace(row, command=command) for row in rows])
+    folder = folder or options.folder
     folder.mkdir(parents=True, exist_ok=True)
     encoded = msgspec.json.format(msgspec.json.encode(result), indent=2)
     (folder / f"{target}.json").write_bytes(encoded + b"\n")
@@ -161,16 +224,15 @@ def rss_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _meta(target: str) -> Meta:
-    return Meta(
-        target=target,
-        commit=_commit(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        host=_host(),
-        cores=os.cpu_count() or 0,
-        python=platform.python_version(),
-        load_average=os.getloadavg()[0],
-    )
+def _busy_ticks() -> int:
+    """Ticks that all processors have spent on anything but waiting."""
+    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, _first_line("/proc/stat").split()[1:])
+    return user + nice + system + irq + softirq
+
+
+def _first_line(path: str) -> str:
+    with Path(path).open() as file:
+        return file.readline()
 
 
 def _commit() -> str:

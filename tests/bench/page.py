@@ -15,8 +15,10 @@ def show(result: Result, console: Console) -> None:
     """Print one target's rows."""
     meta = result.meta
     title = f"{meta.target}  ({meta.host}, {meta.cores} cores, Python {meta.python}, {meta.commit})"
+    if meta.quick:
+        title += "  QUICK: not figures to keep"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (("what", "left"), ("median", "right"), ("bar", "right"), ("", "left"), ("repeats", "left")):
+    for name, justify in (("what", "left"), ("value", "right"), ("bar", "right"), ("", "left"), ("repeats", "left")):
         table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
     for row in result.rows:
         repeats = ", ".join(f"{repeat:g}" for repeat in row.repeats)
@@ -32,7 +34,9 @@ def render(results: list[Result]) -> str:
         "# Performance",
         "",
         "`make bench` measures these figures into `build/bench/*.json`, and `make docs` writes this page from there.",
-        "Each is the median of its repeats, with their interquartile range beside it; a missed bar stands as a miss.",
+        "Each is the median of its repeats unless its name says otherwise, with their interquartile range beside it; a",
+        "missed bar stands as a miss. Figures depend on what else the machine did: what others kept busy just before a",
+        "target began is named with it.",
         "Absolute figures belong to the machine that is named; ratios travel better.",
         "",
     ]
@@ -41,14 +45,15 @@ def render(results: list[Result]) -> str:
         lines += [
             f"## {meta.target}",
             "",
-            f"{meta.host}, {meta.cores} cores, Python {meta.python}, commit {meta.commit}, {meta.date}, load average "
+            f"{meta.host}, {meta.cores} cores, Python {meta.python}, commit {meta.commit}, {meta.date}; "
+            f"{meta.wall_s:.0f} s. Before it began: {meta.busy_cores:.2g} cores busy with other work, load average "
             f"{meta.load_average:.1f}.",
             "",
             "```sh",
             *sorted({row.command for row in result.rows}),
             "```",
             "",
-            "| what | median | spread | bar | |",
+            "| what | value | spread | bar | |",
             "|---|---|---|---|---|",
             *(_line(row) for row in result.rows),
             "",

@@ -1,7 +1,12 @@
 """What msd costs in front of vLLM: against the same live AsyncLLM object called directly, and against `vllm serve`.
 
 In each comparison the consumer is this process and the engine is in another; the arms alternate in windows, so that
-whatever else the machine does falls on both. Prompts are made up and all different, `ignore_eos`, 32 at once.
+whatever else the machine does falls on both. Prompts are made up here and all different, `ignore_eos`, 32 at once.
+
+What each arm does with the tokens: msd streams Deltas over ZeroMQ (ipc), the AsyncLLM's come over a unix socket in
+frames of msgpack that hold what all streams made in the same time (`tests.bench.host`), `vllm serve` sends events over
+HTTP on loopback, its statistics, request log and access log off. A token counts as within the window when it reached
+this process by its end, also that of an answer that was still open then.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from msgspec import Struct
 
 from msd import wire
 from tests.bench.harness import ROOT, CannotMeasureError, Options, Peer, Row, cpu_s, row, say
-from tests.bench.host import Call, Host, prompt_ids
+from tests.bench.host import DirectLine, Host, Order, prompt_ids
 from tests.bench.vllm_engines import ENVIRON, MAX_MODEL_LEN, MAX_NUM_SEQS, MODEL, MODEL_NAME, engines
 
 TARGET = "vllm_path"
@@ -39,6 +44,7 @@ TTFT_TOKENS = 4
 BAR_RATIO, BAR_CPU_RATIO, BAR_ADDED_MS = 0.95, 0.5, 1.0
 GOAL_SERVE_RATIO = 1.2
 PATIENCE_MS = 60_000
+EVENT = b"data: {"
 SERVE_START_S = 240.0
 
 
@@ -83,24 +89,33 @@ def _against_engine(host: Host, options: Options, window_s: float) -> list[Row]:
     name = f"tokens/s through msd against the same AsyncLLM, {CONCURRENCY} at once"
     return [
         row(name, "x", ratios, target=TARGET, op=">=", bar=BAR_RATIO, peer=peer),
-        row("tokens/s through msd", "tokens/s", through_msd, target=TARGET, op=">="),
+        row("tokens/s through msd, by turns with the AsyncLLM", "tokens/s", through_msd, target=TARGET, op=">="),
         row("tokens/s of the AsyncLLM", "tokens/s", direct, target=TARGET, op=">="),
         row("front-process CPU per 1,000 tokens: AsyncLLM and a bare socket", "ms", direct_ms, target=TARGET),
     ]
 
 
 def _direct_window(host: Host, seconds: float, seed: int) -> Window:
-    """Stream from the AsyncLLM through the bench's own socket; what is still open at the window's end is awaited."""
-    call = Call(
-        max_tokens=MAX_TOKENS, num_prompt_tokens=PROMPT_TOKENS, seed=seed, concurrency=CONCURRENCY, seconds=seconds
-    )
-    began = time.monotonic()
+    """Stream from the AsyncLLM for a window; what is still open at its end is awaited."""
+    rng = Random(seed)
     inside = every = 0
-    for piece in host.direct(call):
-        every += len(piece.token_ids)
-        if time.monotonic() - began <= seconds:
-            inside += len(piece.token_ids)
-    return Window(tokens_per_s=inside / seconds, num_tokens=every)
+    with DirectLine(host.control, PATIENCE_MS / 1e3) as line:
+        began = time.monotonic()
+        open_requests = number = 0
+        while True:
+            running = time.monotonic() - began < seconds
+            while running and open_requests < CONCURRENCY:
+                ids = prompt_ids(rng, PROMPT_TOKENS)
+                line.order(Order(number=number, prompt_token_ids=ids, max_tokens=MAX_TOKENS))
+                number += 1
+                open_requests += 1
+            if not open_requests:
+                return Window(tokens_per_s=inside / seconds, num_tokens=every)
+            for piece in line.receive():
+                every += len(piece.token_ids)
+                if time.monotonic() - began <= seconds:
+                    inside += len(piece.token_ids)
+                open_requests -= piece.end
 
 
 def _msd_window(endpoint: str, seconds: float) -> Window:
@@ -134,15 +149,24 @@ def _added_ttft(host: Host, options: Options) -> Row:
         direct: list[float] = []
         # Short turns: a neighbour that takes the processor for a second then falls on both.
         for turn in range(TTFT_TURNS):
-            seed = repeat * TTFT_TURNS + turn
-            call = Call(max_tokens=TTFT_TOKENS, num_prompt_tokens=PROMPT_TOKENS, seed=seed, count=TTFT_CALLS)
             through_msd += _msd_ttfts_ms(host.endpoint)
-            direct += [ms for piece in host.direct(call) for ms in piece.ttft_ms]
+            direct += _direct_ttfts_ms(host, repeat * TTFT_TURNS + turn)
         direct_ms.append(statistics.median(direct))
         added_ms.append(statistics.median(through_msd) - direct_ms[-1])
     peer = Peer(name="AsyncLLM, vllm", version=_vllm_version(), value=statistics.median(direct_ms))
     name = "added TTFT p50, 1 in flight, msd over ipc against AsyncLLM"
     return row(name, "ms", added_ms, target=TARGET, bar=BAR_ADDED_MS, peer=peer)
+
+
+def _direct_ttfts_ms(host: Host, seed: int) -> list[float]:
+    rng = Random(seed)
+    ttfts_ms: list[float] = []
+    with DirectLine(host.control, PATIENCE_MS / 1e3) as line:
+        for number in range(TTFT_CALLS):
+            ids = prompt_ids(rng, PROMPT_TOKENS)
+            line.order(Order(number=number, prompt_token_ids=ids, max_tokens=TTFT_TOKENS, time_only=True))
+            ttfts_ms += [piece.ttft_ms for piece in line.receive()]
+    return ttfts_ms
 
 
 def _msd_ttfts_ms(endpoint: str) -> list[float]:
@@ -225,6 +249,7 @@ def _against_serve(host: Host, serve_pid: int, url: str, options: Options, windo
     msd_ms: list[float] = []
     serve_ms: list[float] = []
     speedups: list[float] = []
+    msd_tokens_per_s: list[float] = []
     serve_tokens_per_s: list[float] = []
     asyncio.run(_serve_window(url, window_s / 2))
     for repeat in range(options.repeats):
@@ -235,6 +260,7 @@ def _against_serve(host: Host, serve_pid: int, url: str, options: Options, windo
         before = cpu_s(serve_pid)
         serve_window = asyncio.run(_serve_window(url, window_s))
         serve_ms.append((cpu_s(serve_pid) - before) * 1e6 / serve_window.num_tokens)
+        msd_tokens_per_s.append(window.tokens_per_s)
         serve_tokens_per_s.append(serve_window.tokens_per_s)
         ratios.append(msd_ms[-1] / serve_ms[-1])
         speedups.append(window.tokens_per_s / serve_window.tokens_per_s)
@@ -254,6 +280,8 @@ def _against_serve(host: Host, serve_pid: int, url: str, options: Options, windo
             op=">=",
             peer=rate_peer,
         ),
+        row("tokens/s through msd, by turns with vllm serve", "tokens/s", msd_tokens_per_s, target=TARGET, op=">="),
+        row("tokens/s of vllm serve", "tokens/s", serve_tokens_per_s, target=TARGET, op=">="),
     ]
 
 
@@ -267,7 +295,8 @@ def _vllm_serve(folder: Path) -> Iterator[tuple[int, str]]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)]
     command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS), "--enforce-eager"]
-    command += ["--no-enable-prefix-caching"]
+    # Nothing that msd's engine does not do either: no statistics of tokens, no line of log per request.
+    command += ["--no-enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log"]
     log = folder / "serve.log"
     with log.open("ab") as output:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRON}, stdout=output, stderr=output)
@@ -302,12 +331,14 @@ async def _is_serving(url: str, process: subprocess.Popen[bytes]) -> bool:
 async def _serve_window(url: str, seconds: float) -> Window:
     """Stream for a window by server-sent events.
 
-    An event does not say how many tokens it carries (a busy server merges them), but each answer has MAX_TOKENS: only
-    for those still open at the window's end does an event count as one token.
+    An event does not say how many tokens it carries (a busy server merges them), and to ask for that would cost the
+    server CPU. But each answer has MAX_TOKENS in all: of one that is still open at the window's end the share of its
+    tokens is within that is the share of its events.
     """
     rng = Random(secrets.token_hex(4))
     began = time.monotonic()
-    inside = every = 0
+    inside = 0.0
+    every = 0
 
     async def one_after_another(session: aiohttp.ClientSession) -> None:
         nonlocal inside, every
@@ -323,12 +354,19 @@ async def _serve_window(url: str, seconds: float) -> Window:
             async with session.post(url, json=body) as answer:
                 if answer.status != 200:
                     raise CannotMeasureError(f"vllm serve refused: {(await answer.text())[:300]}")
-                num_events = 0
-                async for line in answer.content:
-                    if line.startswith(b"data: {") and time.monotonic() - began <= seconds:
-                        num_events += 1
+                # Bytes as they come, not line by line: the consumer's CPU is taken from the same cores.
+                num_inside = num_events = 0
+                tail = b""
+                async for received in answer.content.iter_any():
+                    text = tail + received
+                    num_events += text.count(EVENT)
+                    tail = text[-len(EVENT) + 1 :]
+                    if time.monotonic() - began <= seconds:
+                        num_inside = num_events
+            if not num_events:
+                raise CannotMeasureError("vllm serve sent an answer without an event")
             every += MAX_TOKENS
-            inside += MAX_TOKENS if time.monotonic() - began <= seconds else min(num_events, MAX_TOKENS)
+            inside += MAX_TOKENS * num_inside / num_events
 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as tasks:
