@@ -459,9 +459,9 @@ def decode_server(data: bytes | memoryview) -> ServerMessage:
 
 
 class _Named(Struct, frozen=True):
-    """What can still be read of a message that was refused."""
+    """What can still be read of a message that was refused; never more than a good one may carry."""
 
-    client_request_id: str | None = None
+    client_request_id: Id | None = None
 
 
 _named_decoder = msgspec.msgpack.Decoder(_Named)

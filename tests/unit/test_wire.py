@@ -138,6 +138,12 @@ def test_an_id_can_be_read_from_a_submit_that_was_refused() -> None:
     assert wire.client_request_id_of(pack(client_request_id=5)) is None
 
 
+def test_an_id_longer_than_one_may_be_is_not_echoed() -> None:
+    assert wire.client_request_id_of(pack(client_request_id="x" * 128, max_tokens=-1)) == "x" * 128
+    assert wire.client_request_id_of(pack(client_request_id="x" * 129)) is None
+    assert wire.client_request_id_of(pack(client_request_id="")) is None
+
+
 @given(st.binary(max_size=200))
 @example(b"\xd9\x01\xff")
 def test_random_bytes_raise_only_the_named_errors(data: bytes) -> None:
