@@ -46,6 +46,8 @@ class Tokenizer(Protocol):
 
     fingerprint: str
     """Equal for two tokenizers that give equal ids for every text."""
+    vocab_size: int
+    """Every id that it knows is below."""
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of `text`, with the special tokens that the model expects in front."""

@@ -30,6 +30,7 @@ class SimTokenizer:
     """
 
     fingerprint = "sim-1"
+    vocab_size = len(SIM_WORDS)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of `text`: one per piece, the same on every machine."""
@@ -64,6 +65,8 @@ class HfTokenizer:
         # A file may carry the truncation or padding of its training; neither belongs into serving.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # Not the number of ids: a vocabulary may have holes.
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         settings = _read_json(folder / "tokenizer_config.json")
         template = _read_template(folder, settings)
         self._special_tokens = _special_tokens(folder, settings)

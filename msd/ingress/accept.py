@@ -13,6 +13,9 @@ from msd.ports import Offload, Tokenizer
 INLINE_PROMPT_CHARS = 8 * 1024
 """Longer prompts are tokenised off the loop; at a few MB/s this bounds one tokenisation on it to some ms."""
 
+INLINE_PROMPT_IDS = 16 * 1024
+"""More token ids than these are looked through off the loop; so many take half a millisecond on a busy machine."""
+
 _NO_SLO = Slo()
 _NO_SAMPLING = Sampling()
 _DEFAULT_SAMPLING = wire.SamplingFields()
@@ -49,7 +52,7 @@ class Acceptor:
             return len(submit.prompt) > INLINE_PROMPT_CHARS
         if submit.messages is not None:
             return sum(len(message.content) for message in submit.messages) > INLINE_PROMPT_CHARS
-        return False
+        return submit.prompt_token_ids is not None and len(submit.prompt_token_ids) > INLINE_PROMPT_IDS
 
     def accept(self, submit: wire.Submit, tenant: str, received_us: int) -> tuple[Request, Prompt]:
         """Build the request; `received_us` is when it came. Raises RefusedSubmitError."""
@@ -108,6 +111,13 @@ class Acceptor:
 
 def _token_ids(submit: wire.Submit, tokenizer: Tokenizer) -> tuple[int, ...]:
     if submit.prompt_token_ids is not None:
+        # An engine would fail on them, or not even that.
+        if (highest := max(submit.prompt_token_ids)) >= tokenizer.vocab_size:
+            raise RefusedSubmitError(
+                "invalid_field",
+                f"Expected token ids below {tokenizer.vocab_size}, the size of the vocabulary, got {highest}"
+                " - at `$.prompt_token_ids`",
+            )
         return submit.prompt_token_ids
     if submit.messages is not None:
         try:

@@ -32,6 +32,7 @@ class ByteTokenizer:
     """One token per byte of UTF-8."""
 
     fingerprint = "bytes"
+    vocab_size = 256
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())

@@ -10,13 +10,15 @@ import pytest
 
 from msd import wire
 from msd.domain import Sampling, Slo
-from msd.ingress.accept import INLINE_PROMPT_CHARS, Acceptor, RefusedSubmitError
+from msd.ingress.accept import INLINE_PROMPT_CHARS, INLINE_PROMPT_IDS, Acceptor, RefusedSubmitError
 
 T = TypeVar("T")
 
 
 class Words:
     """One token per word; a template only if `has_template`."""
+
+    vocab_size = 100_000
 
     def __init__(self, fingerprint: str = "words", *, has_template: bool = False) -> None:
         self.fingerprint = fingerprint
@@ -104,6 +106,8 @@ def test_token_ids_are_taken_as_they_are() -> None:
     [
         ({"model": "tinny"}, "mode_unavailable", "'tiny'"),
         ({"prompt": "   "}, "invalid_field", "$.prompt"),
+        ({"prompt": None, "prompt_token_ids": [5, 100_000, 7]}, "invalid_field", "$.prompt_token_ids"),
+        ({"prompt": None, "prompt_token_ids": [5, 2**31 - 1]}, "invalid_field", "below 100000"),
         ({"prompt": None, "messages": [{"role": "user", "content": "x"}]}, "invalid_field", "$.messages"),
     ],
 )
@@ -122,12 +126,18 @@ def test_a_request_without_a_model_is_bound_only_where_token_ids_differ() -> Non
     assert different.accept(a_submit(model="b"), "t", 0)[0].model == "b"
 
 
+def test_the_highest_token_id_is_one_below_the_size_of_the_vocabulary() -> None:
+    _, prompt = an_acceptor().accept(a_submit(prompt=None, prompt_token_ids=[99_999, 0]), "t", 0)
+    assert prompt.token_ids == (99_999, 0)
+
+
 def test_long_prompts_are_tokenised_off_the_loop() -> None:
     offload = Counting()
     acceptor = Acceptor(epoch="e", models={"tiny": Words(has_template=True)}, offload=offload)
     long = "word " * INLINE_PROMPT_CHARS
     assert not acceptor.is_long(a_submit())
-    assert not acceptor.is_long(a_submit(prompt=None, prompt_token_ids=[1] * INLINE_PROMPT_CHARS * 2))
+    assert not acceptor.is_long(a_submit(prompt=None, prompt_token_ids=[1] * INLINE_PROMPT_IDS))
+    assert acceptor.is_long(a_submit(prompt=None, prompt_token_ids=[1] * (INLINE_PROMPT_IDS + 1)))
     assert acceptor.is_long(a_submit(prompt=None, messages=[{"role": "user", "content": long}]))
     submit = a_submit(prompt=long)
     assert acceptor.is_long(submit)

@@ -70,6 +70,16 @@ def test_hf_tokenizer_adds_special_tokens_and_never_truncates(tmp_path: Path) ->
     assert tokenizer.decode(ids) == "abcdefgh"
 
 
+def test_the_vocabulary_is_as_large_as_its_highest_id(tmp_path: Path) -> None:
+    assert HfTokenizer(write_folder(tmp_path)).vocab_size == 97
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_bytes())
+    tokenizer["model"]["vocab"]["\x7f"] = 500
+    path.write_text(json.dumps(tokenizer))
+    assert HfTokenizer(tmp_path).vocab_size == 501
+    assert SimTokenizer().vocab_size == 4_096
+
+
 def test_chat_goes_through_the_template_without_doubled_special_tokens(tmp_path: Path) -> None:
     tokenizer = HfTokenizer(write_folder(tmp_path, template="{{ bos_token }}" + CHATML))
     ids = tokenizer.encode_chat([ChatMessage(role="user", content="hi")])
