@@ -186,29 +186,33 @@ class SimGpu:
 
     def _advance(self, now_us: int) -> None:
         """Bring all books to `now_us`, stopping at each end of work on the way; a time in the past is now."""
-        while self._now_us < now_us:
-            first_us = self._now_us + (self._first_v - self._v) * len(self._busy) if self._busy else inf
-            self._elapse(first_us if first_us < now_us else float(now_us))
-            if self._first_v <= self._v + 1e-6:
-                reached_v = self._v + 1e-6
-                for engine in [engine for engine, work in self._busy.items() if work.target_v <= reached_v]:
-                    del self._busy[engine]
-                self._busy_changed()
+        since_us = self._now_us
+        while since_us < now_us:
+            until_us = float(now_us)
+            num_busy = len(self._busy)
+            if num_busy:
+                first_us = since_us + (self._first_v - self._v) * num_busy
+                if first_us < until_us:
+                    until_us = first_us
+            span_us = until_us - since_us
+            power_w = self._power_w
+            mj_per_us = power_w / 1_000
+            if until_us >= self._tick_us:
+                last_tick_us = self._tick_us + int((until_us - self._tick_us) // self._period_us) * self._period_us
+                self._counter_mj = int(self._energy_mj + mj_per_us * (last_tick_us - since_us))
+                self._tick_us = last_tick_us + self._period_us
+            self._energy_mj += mj_per_us * span_us
+            weight = 1.0 - exp(-span_us / AVERAGE_TAU_US)
+            self._power_average_w += (power_w - self._power_average_w) * weight
+            self._busy_average += ((1.0 if num_busy else 0.0) - self._busy_average) * weight
+            since_us = self._now_us = until_us
+            if num_busy:
+                self._v += span_us / num_busy
+                if self._first_v <= self._v + 1e-6:
+                    self._end_what_is_done()
 
-    def _elapse(self, until_us: float) -> None:
-        span_us = until_us - self._now_us
-        power_w = self._power_w
-        mj_per_us = power_w / 1_000
-        if until_us >= self._tick_us:
-            last_tick_us = self._tick_us + int((until_us - self._tick_us) // self._period_us) * self._period_us
-            self._counter_mj = int(self._energy_mj + mj_per_us * (last_tick_us - self._now_us))
-            self._tick_us = last_tick_us + self._period_us
-        self._energy_mj += mj_per_us * span_us
-        weight = 1.0 - exp(-span_us / AVERAGE_TAU_US)
-        self._power_average_w += (power_w - self._power_average_w) * weight
-        if self._busy:
-            self._v += span_us / len(self._busy)
-            self._busy_average += (1.0 - self._busy_average) * weight
-        else:
-            self._busy_average -= self._busy_average * weight
-        self._now_us = until_us
+    def _end_what_is_done(self) -> None:
+        reached_v = self._v + 1e-6
+        for engine in [engine for engine, work in self._busy.items() if work.target_v <= reached_v]:
+            del self._busy[engine]
+        self._busy_changed()

@@ -171,9 +171,10 @@ class Checks:
                 on(command)
         if kind is e.Tick:
             self._on_tick(event.t_us)
-        counts = self._scheduler.counts
+        scheduler = self._scheduler
+        counts = scheduler.counts
         ended = counts.delivered + counts.rejected + counts.aborted + counts.failed + counts.duplicates
-        pending = self._scheduler.num_pending
+        pending = scheduler.num_pending
         if counts.submitted != ended + pending:
             told = (counts.submitted, ended, pending)
             self._break("conservation", "{} submitted, {} ended, {} pending", told)

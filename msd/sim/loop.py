@@ -43,10 +43,11 @@ class SimFuture(asyncio.Future[Any]):
     """A future whose hash is a number: how many were hashed before it. Most are never put into a set."""
 
     _birth = 0
+    _loop: SimLoop
 
     def __hash__(self) -> int:
         if not self._birth:
-            self._birth = _loop_of(self).next_birth()
+            self._birth = self._loop.next_birth()
         return self._birth
 
 
@@ -54,17 +55,12 @@ class SimTask(asyncio.Task[Any]):
     """A task whose hash is its birth number: asyncio puts it into a set while it is made."""
 
     _birth = 0
+    _loop: SimLoop
 
     def __hash__(self) -> int:
         if not self._birth:
-            self._birth = _loop_of(self).next_birth()
+            self._birth = self._loop.next_birth()
         return self._birth
-
-
-def _loop_of(future: asyncio.Future[Any]) -> SimLoop:
-    loop = future.get_loop()
-    assert isinstance(loop, SimLoop), "made for another loop"
-    return loop
 
 
 class _Handle(asyncio.Handle):

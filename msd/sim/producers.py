@@ -6,8 +6,10 @@ Open loop: arrivals are drawn in advance of any answer. Every session checks wha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from random import Random
+from typing import TypeVar
 
 from msd.dispatch import Dispatcher
 from msd.domain import SERVICE_CLASSES
@@ -27,14 +29,25 @@ from msd.wire import (
     Submit,
 )
 
+T = TypeVar("T")
+
 PROMPT_POOL_TOKENS = 8_192
 MAX_PROMPT_TOKENS = 4_000
 MAX_OUTPUT_TOKENS = 1_500
 LONG_TEXT_SHARE = 0.01
 TEXT_SHARE = 0.1
 HINT_SHARE = 0.05
+MOST_REPEATABLE = 32
 CREDIT_PERIOD_S = 0.5
 CREDIT_PER_PERIOD = 20
+
+
+_EXACT = SamplingFields(ignore_eos=True)
+
+
+def _pick(values: Sequence[T], drawn: float) -> T:
+    """One of them, by a number drawn from [0, 1): a third of what Random.choice takes."""
+    return values[int(drawn * len(values))]
 
 
 class _Asked:
@@ -93,13 +106,15 @@ class SimSession:
                 return False
             self.credit -= 1
         known = self._by_id.get(delta.request_id)
-        self._checks.expect("answers", known is not None, "a Delta of {} came to {} before its Ack", delta, self)
-        if known is not None:
-            if delta.index == 0:  # a first attempt, or one that was lost before this session read any of it
-                known.attempt, known.num_read = delta.attempt, 0
-            in_order = delta.index == known.num_read and delta.attempt == known.attempt
-            self._checks.expect("answers", in_order, "{} at {}: Delta out of order", delta.request_id, self.name)
-            known.num_read = delta.index + len(delta.token_ids)
+        if known is None:
+            self._checks.expect("answers", False, "a Delta of {} came to {} before its Ack", delta, self)
+            return True
+        index = delta.index
+        if index == 0:  # a first attempt, or one that was lost before this session read any of it
+            known.attempt, known.num_read = delta.attempt, 0
+        in_order = index == known.num_read and delta.attempt == known.attempt
+        self._checks.expect("answers", in_order, "{} at {}: Delta out of order", delta.request_id, self.name)
+        known.num_read = index + len(delta.token_ids)
         return True
 
     def _answered(self, client_request_id: str, done: Done | None) -> None:
@@ -135,7 +150,7 @@ class Producers:
         self._phase_ends_s = self._loop.time()
         self._pool = tuple(rng.randrange(4_096) for _ in range(PROMPT_POOL_TOKENS + MAX_PROMPT_TOKENS))
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._last: list[tuple[SimSession, Submit]] = []
+        self._last: deque[tuple[SimSession, Submit]] = deque(maxlen=MOST_REPEATABLE)
 
     def start(self) -> None:
         """Connect and begin to submit."""
@@ -192,14 +207,13 @@ class Producers:
 
     def _submit(self) -> None:
         rng, weather = self._rng, self._weather
-        session = rng.choice(self._open)
+        session = self._open[int(rng.random() * len(self._open))]
         repeat = self._repeat() if rng.random() < weather.repeat_share + weather.conflict_share else None
         if repeat is not None:
             session, submit = repeat
         else:
             submit = self._make(f"c{self.num_submits}")
             self._last.append((session, submit))
-            del self._last[:-32]
         self.num_submits += 1
         session.ask(submit.client_request_id)
         self._dispatcher.submit(submit, session)
@@ -234,7 +248,7 @@ class Producers:
         if not weather.exact_output:
             num_output = min(MAX_OUTPUT_TOKENS, 1 + int(rng.expovariate(1 / num_output)))
             num_prompt = min(MAX_PROMPT_TOKENS, 1 + int(num_prompt * rng.lognormvariate(-0.3, 0.8)))
-        first = rng.randrange(PROMPT_POOL_TOKENS)
+        first = int(rng.random() * PROMPT_POOL_TOKENS)
         odd = rng.random() < weather.odd_share
         kind = rng.random()
         text = None
@@ -246,15 +260,13 @@ class Producers:
             max_tokens=num_output,
             prompt=text,
             prompt_token_ids=None if text is not None else self._pool[first : first + num_prompt],
-            model=rng.choice((None, None, MODEL)) if not (odd and kind < 0.3) else "no-such-model",
-            sampling=SamplingFields(ignore_eos=True)
-            if weather.exact_output
-            else SamplingFields(seed=rng.randrange(99)),
+            model=_pick((None, None, MODEL), rng.random()) if not (odd and kind < 0.3) else "no-such-model",
+            sampling=_EXACT if weather.exact_output else SamplingFields(seed=rng.randrange(99)),
             slo=NO_SLO if deadline_ms is None else SloFields(deadline_ms=min(deadline_ms, 60_000.0)),
-            service_class=rng.choice(SERVICE_CLASSES),
-            priority=rng.choice((0, 0, 0, -2, 3)),
-            quality_floor=0.99 if odd and kind > 0.6 else rng.choice((None, None, 0.93)),
-            mode_hint=ModeHint(mode=rng.choice(("full", "int8")), strict=rng.random() < 0.5)
+            service_class=_pick(SERVICE_CLASSES, rng.random()),
+            priority=_pick((0, 0, 0, -2, 3), rng.random()),
+            quality_floor=0.99 if odd and kind > 0.6 else _pick((None, None, 0.93), rng.random()),
+            mode_hint=ModeHint(mode=_pick(("full", "int8"), rng.random()), strict=rng.random() < 0.5)
             if rng.random() < HINT_SHARE
             else None,
             stream=rng.random() < 0.9,
