@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, assert_never
 
 import structlog
@@ -28,6 +28,7 @@ NO_CREDIT_RETRY_MS: Final = 50
 FULL_RETRY_MS: Final = 1_000
 IDENTITY_BYTES: Final = 5
 FEATURES: Final = ("cancel", "fetch", "resume")
+_NOBODYS: Final = "this user is in no [[tenant]] of the daemon's configuration, or its key was revoked"
 
 _log = structlog.get_logger()
 
@@ -64,7 +65,9 @@ class Desk:
         intake: Intake,
         link: Link,
         greeting: Greeting,
+        tenant_of: Callable[[str], str],
     ) -> None:
+        """`tenant_of`: whose a connection is, as of now, by its `User-Id`; "" = nobody's."""
         self.sessions: dict[bytes, ClientSession] = {}
         self.stats = DeskStats()
         self._config = config
@@ -73,6 +76,7 @@ class Desk:
         self._intake = intake
         self._link = link
         self._greeting = greeting
+        self._tenant_of = tenant_of
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._last_eviction_s = 0.0
         self._draining: wire.Draining | None = None
@@ -87,14 +91,15 @@ class Desk:
 
     # --- connections -------------------------------------------------------------------------------------------------
 
-    def admit(self, identity: bytes, tenant: str, peer: str, now_s: float) -> ClientSession | None:
-        """Open a session for a new connection of `tenant` ("" = nobody's). None: refused, and told so."""
+    def admit(self, identity: bytes, user_id: str, peer: str, now_s: float) -> ClientSession | None:
+        """Open a session for a connection that has none. None: refused, and told so."""
         if identity in self._refused:
             return None
+        tenant = self._tenant_of(user_id)
         if len(identity) != IDENTITY_BYTES or identity[0]:
             self._refuse(identity, "forbidden", "the routing id is libzmq's to make: do not set one on the socket")
         elif not tenant:
-            self._refuse(identity, "unauthenticated", "this user is in no [[tenant]] of the daemon's configuration")
+            self._refuse(identity, "unauthenticated", _NOBODYS)
         elif len(self.sessions) >= self._config.max_sessions and not self._evict_silent(now_s):
             # Not remembered: there may be room the next time.
             self.stats.num_refused += 1
@@ -104,6 +109,7 @@ class Desk:
             session = ClientSession(
                 self._link,
                 identity,
+                user_id,
                 tenant,
                 peer,
                 max_outbox=self._limits.outbox_messages,
@@ -130,11 +136,15 @@ class Desk:
             if session.greeted:
                 session.send(draining)
 
-    def close_tenants(self, tenants: frozenset[str]) -> None:
-        """End the sessions of tenants whose keys were revoked."""
+    def close_revoked(self) -> None:
+        """End the sessions of connections that are no longer whose they were, whomever they act for.
+
+        The connection itself stays: it is told why, and not listened to any more.
+        """
         for session in list(self.sessions.values()):
-            if session.tenant in tenants:
+            if self._tenant_of(session.user_id) != session.own_tenant:
                 session.close("key_revoked")
+                self._refuse(session.identity, "unauthenticated", _NOBODYS)
 
     def expire(self, now_s: float) -> None:
         """Forget who has been silent for too long; ask some of the silent whether they are still there."""
@@ -184,7 +194,7 @@ class Desk:
     def _handle(self, session: ClientSession, message: wire.ClientMessage, now_s: float) -> None:
         match message:
             case wire.Submit():
-                if session.count_submit():
+                if session.count_submit(message.client_request_id):
                     self._intake.submit(message, session)
                 else:
                     text = f"this connection has {self._limits.submit_credit} unfinished requests, as many as it may"
@@ -224,9 +234,9 @@ class Desk:
 
     def _greet(self, session: ClientSession, hello: wire.Hello) -> None:
         if hello.tenant is not None and hello.tenant != session.tenant:
-            if session.greeted or session.tenant not in self._may_act_as:
+            if session.greeted or session.own_tenant not in self._may_act_as:
                 session.send(
-                    wire.refusal("forbidden", f"tenant {session.tenant!r} may not act as another - at `$.tenant`")
+                    wire.refusal("forbidden", f"tenant {session.own_tenant!r} may not act as another - at `$.tenant`")
                 )
                 return
             session.tenant = hello.tenant
@@ -259,7 +269,7 @@ class Desk:
         client_request_id = wire.client_request_id_of(payload)
         if client_request_id is not None:
             # The client counts it as a submit, and the Error as its end: so does the session.
-            session.count_submit()
+            session.count_submit(client_request_id)
         session.send(wire.refusal(code, message, client_request_id=client_request_id))
 
     def _unsupported(self, session: ClientSession) -> None:

@@ -61,25 +61,40 @@ class ClientSession:
         "_num_submits",
         "_num_unfinished",
         "_outbox",
+        "_unfinished",
         "closed",
         "descriptor",
         "greeted",
         "identity",
         "last_heard_s",
         "last_probed_s",
+        "own_tenant",
         "peer",
         "retry_at_s",
         "retry_s",
         "tenant",
         "told_version",
+        "user_id",
         "wants_room",
     )
 
     def __init__(
-        self, link: Link, identity: bytes, tenant: str, peer: str, *, max_outbox: int, max_unfinished: int, now_s: float
+        self,
+        link: Link,
+        identity: bytes,
+        user_id: str,
+        tenant: str,
+        peer: str,
+        *,
+        max_outbox: int,
+        max_unfinished: int,
+        now_s: float,
     ) -> None:
+        """`user_id`: what the connection authenticated as; `tenant`: whose that was then."""
         self._link = link
         self.identity = identity
+        self.user_id = user_id
+        self.own_tenant = tenant
         self.tenant = tenant
         self.peer = peer
         self.closed = False
@@ -97,6 +112,8 @@ class ClientSession:
         self._max_unfinished = max_unfinished
         self._num_submits = 0
         self._num_unfinished = 0
+        self._unfinished: dict[str, int] = {}
+        """How many submits of each client_request_id this connection has spent credit on and not got back."""
         self._delta_credit = 0
         self._blocked = False
 
@@ -107,10 +124,11 @@ class ClientSession:
         """Cumulative number of submits that this connection may have made, by now."""
         return self._num_submits - self._num_unfinished + self._max_unfinished
 
-    def count_submit(self) -> bool:
+    def count_submit(self, client_request_id: str) -> bool:
         """A submit came. False: it is one too many, and its refusal must end it."""
         self._num_submits += 1
         self._num_unfinished += 1
+        self._unfinished[client_request_id] = self._unfinished.get(client_request_id, 0) + 1
         return self._num_unfinished <= self._max_unfinished
 
     def greet(self, delta_credit: int, *, at_most: int) -> bool:
@@ -129,8 +147,7 @@ class ClientSession:
         """Send a control message, or put it in the outbox."""
         if self.closed:
             return
-        kind = type(message)
-        if kind is Done or kind is Error or kind is Ack:
+        if isinstance(message, Done | Error | Ack):
             self._count_answer(message)
         payload = encode(message)
         if not self._outbox:
@@ -200,19 +217,20 @@ class ClientSession:
         self._num_outbox_bytes = 0
         self._link.ended(self, reason)
 
-    def _count_answer(self, message: ServerMessage) -> None:
-        """A Done or an Error ends a submit, a duplicate Ack began none; `not_found` answers something else."""
-        match message:
-            case Done():
-                ends_submit = True
-            case Error():
-                ends_submit = message.client_request_id is not None and message.code != "not_found"
-            case Ack():
-                ends_submit = message.duplicate
-            case _:
-                ends_submit = False
-        if ends_submit and self._num_unfinished:
-            self._num_unfinished -= 1
+    def _count_answer(self, message: Done | Error | Ack) -> None:
+        """Give back the credit of the submit that this ends, if it was spent on this connection.
+
+        A Done or an Error ends a submit, a duplicate Ack began none; `not_found` answers something else.
+        """
+        name = message.client_request_id
+        if name is None or name not in self._unfinished:
+            return
+        if (type(message) is Ack and not message.duplicate) or (type(message) is Error and message.code == "not_found"):
+            return
+        self._num_unfinished -= 1
+        left = self._unfinished.pop(name) - 1
+        if left:
+            self._unfinished[name] = left
 
     def _take_blocked(self) -> bool:
         blocked, self._blocked = self._blocked, False

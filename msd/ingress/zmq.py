@@ -71,7 +71,9 @@ class ZmqIngress:
         self._intake = intake
         self._keyring = Keyring(config.curve_keys_dir, _decode_z85)
         self._doorkeeper = Doorkeeper(tenants, self._keyring, allow_insecure_tcp=config.insecure_tcp)
-        self._desk = Desk(config, limits, tenants, intake, self, Greeting(epoch=epoch, durable=durable))
+        self._desk = Desk(
+            config, limits, tenants, intake, self, Greeting(epoch=epoch, durable=durable), self._doorkeeper.tenant_of
+        )
         self._waiting: dict[ClientSession, None] = {}
         self._nobody_waits = asyncio.Event()
         self._retry_timer: asyncio.TimerHandle | None = None
@@ -79,6 +81,7 @@ class ZmqIngress:
         self._tick_timer: asyncio.TimerHandle | None = None
         self._flood_timer: asyncio.TimerHandle | None = None
         self._next_housekeeping_s = 0.0
+        self._keys_error = ""
         self._open = False
         self._drain_scheduled = False
         self._rearm_scheduled = False
@@ -403,10 +406,20 @@ class ZmqIngress:
         if now_s >= self._next_housekeeping_s:
             self._next_housekeeping_s = now_s + HOUSEKEEPING_S
             self._desk.expire(now_s)
-            try:
-                self._desk.close_tenants(self._keyring.refresh())
-            except ConfigError as error:
+            self._look_at_keys()
+
+    def _look_at_keys(self) -> None:
+        revision = self._keyring.revision
+        try:
+            self._keyring.refresh()
+            self._keys_error = ""
+        except ConfigError as error:
+            # Said once, not every second.
+            if str(error) != self._keys_error:
+                self._keys_error = str(error)
                 _log.error("curve_keys_unreadable", error=str(error))
+        if self._keyring.revision != revision:
+            self._desk.close_revoked()
 
     def _watch_for_floods(self) -> None:
         now_s = self._loop.time()

@@ -282,11 +282,21 @@ def open_door(
 class Producer:
     """A raw DEALER that speaks msd1, for tests that need to see each message."""
 
-    def __init__(self, endpoint: str, *, hello: wire.Hello | None = HELLO, rcvhwm: int = 0) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        hello: wire.Hello | None = HELLO,
+        rcvhwm: int = 0,
+        curve: tuple[bytes, bytes, bytes] | None = None,
+    ) -> None:
+        """`curve`: the server's public key, the own public and secret one."""
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.rcvhwm = rcvhwm
+        if curve is not None:
+            self.socket.curve_serverkey, self.socket.curve_publickey, self.socket.curve_secretkey = curve
         self.socket.connect(endpoint)
         self.welcome: wire.Welcome | None = None
         if hello is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ class Peer:
 def memory_peer(tmp_path: Path, delta_credit: int) -> Iterator[Peer]:
     link = MemoryLink()
     session = ClientSession(
-        link, b"\0abcd", "t", "memory", max_outbox=MAX_OUTBOX, max_unfinished=MAX_UNFINISHED, now_s=0.0
+        link, b"\0abcd", "tenant:t", "t", "memory", max_outbox=MAX_OUTBOX, max_unfinished=MAX_UNFINISHED, now_s=0.0
     )
     session.greet(delta_credit, at_most=65_536)
 
@@ -154,17 +155,78 @@ def test_credit_has_a_bound(opener: Opener, tmp_path: Path) -> None:
         assert [peer.send_delta(n) for n in range(4)] == [True, True, True, False]
 
 
+def counted(peer: Peer, *names: str) -> list[bool]:
+    return [bool(peer.do(partial(peer.session.count_submit, name))) for name in names]
+
+
+def a_done(name: str) -> wire.Done:
+    return wire.Done(
+        request_id=f"r-{name}",
+        client_request_id=name,
+        attempt=1,
+        finish_reason="stop",
+        mode="m",
+        decision_id="d",
+        usage=wire.Usage(prompt=1, cached=0, completion=1),
+        timings=wire.TimingFields(queue_ms=0, ttft_ms=0, tpot_ms=0, engine_ms=0, e2e_ms=0),
+    )
+
+
+def a_repeat(name: str) -> wire.Ack:
+    return wire.Ack(
+        client_request_id=name,
+        request_id=f"r-{name}",
+        seq=0,
+        duplicate=True,
+        state="running",
+        durable=False,
+        submit_credit=0,
+    )
+
+
 def test_submit_credit_comes_back_with_answers(opener: Opener, tmp_path: Path) -> None:
     with opener(tmp_path, 0) as peer:
         session = peer.session
         assert session.submit_credit == MAX_UNFINISHED
-        assert [peer.do(session.count_submit) for _ in range(MAX_UNFINISHED + 1)] == [True] * MAX_UNFINISHED + [False]
+        assert counted(peer, "a", "b", "c", "d") == [True] * MAX_UNFINISHED + [False]
         peer.send(wire.refusal("no_credit", "wait", client_request_id="d"))
         assert session.submit_credit == MAX_UNFINISHED + 1
-        peer.send(wire.refusal("not_found", "of a cancel", client_request_id="x"))
+        peer.send(wire.refusal("not_found", "of a cancel", client_request_id="a"))
         peer.send(wire.refusal("malformed", "of nothing"))
         assert session.submit_credit == MAX_UNFINISHED + 1
-        assert not peer.do(session.count_submit)
+        assert counted(peer, "e") == [False]
+
+
+def test_only_answers_to_submits_of_this_connection_give_credit_back(opener: Opener, tmp_path: Path) -> None:
+    with opener(tmp_path, 0) as peer:
+        assert counted(peer, "a", "b", "c") == [True] * 3
+        # Of a resumed request; of a cancel that came too late; of a stored failure; a repeat of another connection's.
+        for message in (a_done("resumed"), wire.refusal("dead_letter", "lost", client_request_id="old"), a_repeat("x")):
+            peer.send(message)
+        assert peer.session.submit_credit == MAX_UNFINISHED
+        assert counted(peer, "d") == [False]
+        peer.send(wire.refusal("no_credit", "wait", client_request_id="d"))
+        peer.send(a_done("a"))
+        assert peer.session.submit_credit == MAX_UNFINISHED + 2
+        # Answered once more, as a cancel of a finished request is.
+        peer.send(a_done("a"))
+        assert peer.session.submit_credit == MAX_UNFINISHED + 2
+        assert counted(peer, "e", "f") == [True, False]
+
+
+def test_a_repeat_on_the_same_connection_spends_and_gives_back_its_own_credit(opener: Opener, tmp_path: Path) -> None:
+    with opener(tmp_path, 0) as peer:
+        assert counted(peer, "a", "a") == [True] * 2
+        peer.send(a_repeat("a"))
+        assert peer.session.submit_credit == MAX_UNFINISHED + 1
+        peer.send(a_done("a"))
+        assert peer.session.submit_credit == MAX_UNFINISHED + 2
+        # The first one came on another connection: its end does not count here.
+        assert counted(peer, "b") == [True]
+        peer.send(a_repeat("b"))
+        peer.send(a_done("b"))
+        assert peer.session.submit_credit == MAX_UNFINISHED + 3
+        assert counted(peer, "c", "d", "e", "f") == [True] * 3 + [False]
 
 
 def test_a_client_that_does_not_read_is_closed_when_its_outbox_is_full(opener: Opener, tmp_path: Path) -> None:

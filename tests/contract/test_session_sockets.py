@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import stat
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -22,7 +24,8 @@ from msd import wire
 from msd.config import LimitsConfig, TenantConfig, ZmqIngressConfig
 from msd.errors import ConfigError, IngressError, MsdError
 from msd.ingress import flood
-from tests.contract.front_door import TIMEOUT_S, Door, Producer, open_door
+from msd.ingress.zap import KEY_CHARS, MAX_FAILED_READS, Keyring
+from tests.contract.front_door import HELLO, TIMEOUT_S, Door, Producer, open_door
 
 
 def new_uvloop() -> asyncio.AbstractEventLoop:
@@ -184,6 +187,14 @@ def test_silent_sessions_are_forgotten(tmp_path: Path) -> None:
         assert door.stats()["num_expired"] == 1
         producer.send(wire.Ping(n=1))
         assert expect_error(producer, "invalid_field").message.startswith(wire.HELLO_FIRST)
+
+
+def test_a_refusal_of_a_frame_of_4_mb_is_small(door: Door) -> None:
+    with Producer(door.endpoint) as producer:
+        for fields in ({"client_request_id": "x" * 4_000_000}, {"client_request_id": "a", "y" * 4_000_000: 1}):
+            producer.send_frames(wire.VERSION, msgspec.msgpack.encode({"t": "submit", "max_tokens": 1, **fields}))
+            assert producer.socket.poll(5_000)
+            assert len(b"".join(producer.socket.recv_multipart())) < 1_000
 
 
 def test_draining_is_told_to_everybody(door: Door) -> None:
@@ -509,27 +520,128 @@ def test_curve_lets_known_keys_in_as_their_tenant_and_nobody_else(tmp_path: Path
         assert door.stats()["num_refused"] >= 1
 
 
-def test_a_removed_key_closes_its_sessions_and_an_added_one_lets_in(tmp_path: Path) -> None:
+@contextmanager
+def curve_producer(door: Door, server: bytes, keys: tuple[bytes, bytes], hello: wire.Hello) -> Iterator[Producer]:
+    """A raw producer over tcp with its key, welcomed."""
+    endpoint = next(endpoint for endpoint in door.ingress.endpoints if endpoint.startswith("tcp"))
+    with Producer(endpoint, hello=hello, curve=(server, *keys)) as producer:
+        yield producer
+
+
+def assert_shut_out(door: Door, producer: Producer) -> None:
+    """The connection is told so once, unasked, and not listened to any more."""
+    assert "revoked" in expect_error(producer, "unauthenticated").message
+    num_received, num_executions = door.stats()["num_received"], door.house.num_executions
+    for message in (HELLO, a_submit("after"), wire.Status(), wire.Fetch(since_seq=0)):
+        producer.send(message)
+    assert producer.poll(0.3) is None
+    assert (door.stats()["num_received"], door.house.num_executions) == (num_received, num_executions)
+
+
+def test_a_revoked_key_shuts_its_connection_out_and_an_added_one_lets_in(tmp_path: Path) -> None:
     first, second = zmq.curve_keypair(), zmq.curve_keypair()
-    with curve_config(tmp_path, {"first": first[0]}) as (config, server), open_door(config) as door:
-        endpoint = next(endpoint for endpoint in door.ingress.endpoints if endpoint.startswith("tcp"))
-        hello = [wire.VERSION, wire.encode(wire.Hello(client="x"))]
-        with zmq.Context() as context, curve_dealer(context, endpoint, server, first) as dealer:
-            dealer.send_multipart(hello)
-            assert dealer.poll(5_000)
-            dealer.recv_multipart()
-            (tmp_path / "keys" / "first.key").unlink()
-            (tmp_path / "keys" / "second.key").write_bytes(second[0])
-            until_s = time.monotonic() + TIMEOUT_S
-            while door.stats()["num_sessions"] and time.monotonic() < until_s:
-                time.sleep(0.1)
-            assert door.stats()["num_sessions"] == 0
-            with curve_dealer(context, endpoint, server, second) as other:
-                other.send_multipart(hello)
-                assert other.poll(5_000)
-                welcome = wire.decode_server(other.recv_multipart()[1])
-                assert isinstance(welcome, wire.Welcome)
-                assert welcome.tenant == "second"
+    with (
+        curve_config(tmp_path, {"first": first[0]}) as (config, server),
+        open_door(config) as door,
+        curve_producer(door, server, first, HELLO) as producer,
+    ):
+        (tmp_path / "keys" / "first.key").unlink()
+        (tmp_path / "keys" / "second.key").write_bytes(second[0])
+        assert_shut_out(door, producer)
+        with curve_producer(door, server, second, HELLO) as other:
+            assert other.welcome is not None
+            assert other.welcome.tenant == "second"
+
+
+def test_a_replaced_key_shuts_out_who_has_the_old_one(tmp_path: Path) -> None:
+    old, new = zmq.curve_keypair(), zmq.curve_keypair()
+    with (
+        curve_config(tmp_path, {"team": old[0]}) as (config, server),
+        open_door(config) as door,
+        curve_producer(door, server, old, HELLO) as producer,
+    ):
+        (tmp_path / "keys" / "team.key").write_bytes(new[0])
+        assert_shut_out(door, producer)
+        with curve_producer(door, server, new, HELLO) as other:
+            assert other.welcome is not None
+            assert other.welcome.tenant == "team"
+
+
+def test_who_acts_for_another_is_shut_out_with_its_own_key_only(tmp_path: Path) -> None:
+    proxy, other = zmq.curve_keypair(), zmq.curve_keypair()
+    tenants = (TenantConfig(name="proxy", may_act_as=True),)
+    acting = wire.Hello(client="x", tenant="other")
+    with (
+        curve_config(tmp_path, {"proxy": proxy[0], "other": other[0]}) as (config, server),
+        open_door(config, tenants=tenants) as door,
+        curve_producer(door, server, proxy, acting) as producer,
+    ):
+        assert producer.welcome is not None
+        assert producer.welcome.tenant == "other"
+        (tmp_path / "keys" / "other.key").unlink()
+        time.sleep(1.5)
+        producer.send(wire.Ping(n=1))
+        assert isinstance(producer.receive(), wire.Pong), "its own key is still good"
+        (tmp_path / "keys" / "proxy.key").unlink()
+        assert_shut_out(door, producer)
+
+
+@pytest.mark.parametrize("spoil", ["a bad file", "a file that leads nowhere", "no folder"])
+def test_what_cannot_be_read_keeps_no_revoked_key_valid(tmp_path: Path, spoil: str) -> None:
+    good, revoked = zmq.curve_keypair(), zmq.curve_keypair()
+    keys = tmp_path / "keys"
+    with (
+        curve_config(tmp_path, {"good": good[0], "revoked": revoked[0]}) as (config, server),
+        open_door(config) as door,
+        curve_producer(door, server, good, HELLO) as honest,
+        curve_producer(door, server, revoked, HELLO) as producer,
+    ):
+        match spoil:
+            case "a bad file":
+                (keys / "aa.key").write_text("this is no key")
+                (keys / "revoked.key").unlink()
+            case "a file that leads nowhere":
+                (keys / "aa.key").symlink_to(tmp_path / "nowhere")
+                (keys / "revoked.key").unlink()
+            case _:
+                keys.rename(tmp_path / "elsewhere")
+        assert_shut_out(door, producer)
+        if spoil == "no folder":
+            assert_shut_out(door, honest)
+            (tmp_path / "elsewhere").rename(keys)
+            time.sleep(1.5)
+        else:
+            honest.send(wire.Ping(n=1))
+            assert isinstance(honest.receive(), wire.Pong)
+        with curve_producer(door, server, good, HELLO) as again:
+            assert again.welcome is not None
+            assert again.welcome.tenant == "good"
+
+
+def test_a_machine_short_of_descriptors_keeps_the_keys_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "team.key").write_text("x" * KEY_CHARS)
+    keyring = Keyring(str(tmp_path), str.encode)
+    keyring.refresh()
+    key, revision = b"x" * KEY_CHARS, keyring.revision
+    assert keyring.tenant_of(key) == "team"
+
+    def scandir(_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", scandir)
+        for _ in range(MAX_FAILED_READS - 1):
+            with pytest.raises(ConfigError):
+                keyring.refresh()
+        assert (keyring.tenant_of(key), keyring.revision) == ("team", revision)
+        with pytest.raises(ConfigError):
+            keyring.refresh()
+        assert keyring.tenant_of(key) is None
+        assert keyring.revision > revision
+    keyring.refresh()
+    assert keyring.tenant_of(key) == "team"
 
 
 def test_insecure_tcp_serves_loopback_as_local(tmp_path: Path) -> None:
