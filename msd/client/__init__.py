@@ -8,7 +8,13 @@ with Client() as client:
 from msd.client.aio import AsyncClient, AsyncHandle
 from msd.client.blocking import Client, Handle
 from msd.client.connection import CurveKeys
-from msd.client.failures import AnswerTimeoutError, ClientClosedError, ForkedClientError, RequestError
+from msd.client.failures import (
+    AnswerTimeoutError,
+    ClientClosedError,
+    ClientFaultError,
+    ForkedClientError,
+    RequestError,
+)
 from msd.client.submits import new_request_id
 from msd.errors import DaemonUnreachableError
 
@@ -18,6 +24,7 @@ __all__ = [
     "AsyncHandle",
     "Client",
     "ClientClosedError",
+    "ClientFaultError",
     "CurveKeys",
     "DaemonUnreachableError",
     "ForkedClientError",

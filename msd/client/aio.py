@@ -10,9 +10,9 @@ from typing import Unpack
 
 from msd import wire
 from msd.client.connection import CurveKeys
-from msd.client.driver import Driver, check_question
-from msd.client.failures import AnswerTimeoutError, ClientClosedError
-from msd.client.queries import Question, Reply, reply_of
+from msd.client.driver import Driver
+from msd.client.failures import AnswerTimeoutError, ClientClosedError, ClientFaultError
+from msd.client.queries import Question, Reply, acknowledgements, check, reply_of
 from msd.client.streams import RequestView, Stream
 from msd.client.submits import SubmitFields, build_submit
 
@@ -125,6 +125,7 @@ class AsyncClient:
         self._timer_due_s = 0.0
         self._work_scheduled = False
         self._closed = False
+        self._fault: ClientFaultError | None = None
 
     async def __aenter__(self) -> AsyncClient:
         try:
@@ -155,11 +156,22 @@ class AsyncClient:
     async def fetch(
         self, request_ids: Sequence[str] | None = None, *, since_seq: int | None = None, max_bytes: int = 1024 * 1024
     ) -> wire.Results:
-        """Stored results: of these ids, or everything after `since_seq` (go on with `next_seq` while `more`)."""
+        """Stored results: of these ids, or everything after `since_seq` (go on with `next_seq` while `more`).
+
+        Fetched results stay in the daemon, and use up this tenant's room there, until they are given to `acknowledge`.
+        """
         ids = None if request_ids is None else tuple(request_ids)
         reply = await self._ask(wire.Fetch(request_ids=ids, since_seq=since_seq, max_bytes=max_bytes))
         assert isinstance(reply, wire.Results), "only Results answer a Fetch"
         return reply
+
+    async def acknowledge(self, request_ids: Sequence[str]) -> None:
+        """These results were received, by `fetch` say, and may be purged. Returns when the daemon has taken that in.
+
+        The results of handles acknowledge themselves. Ids that it does not know are ignored.
+        """
+        for acked in acknowledgements(request_ids):
+            await self._ask(self._state.new_ping(), after=acked)
 
     async def status(self) -> dict[str, object]:
         """What the daemon says of itself."""
@@ -209,9 +221,10 @@ class AsyncClient:
         state = self._state
         try:
             async with asyncio.timeout(limit_s):
-                await self._changed.until(lambda: self._driver.has_word)
+                await self._changed.until(lambda: self._driver.has_word or self._fault is not None)
         except TimeoutError as error:
             raise self._driver.unreachable(limit_s) from error
+        self._check_open()
         if state.refusal is not None:
             raise state.refusal
         assert state.welcome is not None, "waited for"
@@ -223,13 +236,10 @@ class AsyncClient:
         if self._closed:
             return
         self._closed = True
-        self._state.close()
-        self._driver.flush()
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._loop is not None:
-            self._loop.remove_reader(self._connection.socket_fd)
-            self._loop.remove_reader(self._connection.monitor_fd)
+        if self._fault is None:
+            self._state.close()
+            self._driver.flush()
+        self._stop_looking()
         # Waits for the linger at most.
         await asyncio.to_thread(self._connection.close)
 
@@ -238,8 +248,17 @@ class AsyncClient:
     def _check_process(self) -> None:
         self._connection.check_process()
 
+    def _stop_looking(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._loop is not None:
+            self._loop.remove_reader(self._connection.socket_fd)
+            self._loop.remove_reader(self._connection.monitor_fd)
+
     def _check_open(self, *, opening: bool = False) -> None:
         self._connection.check_process()
+        if self._fault is not None:
+            raise self._fault
         if self._closed:
             raise ClientClosedError("the client is closed", remedy="make a new one")
         if self._loop is None and not opening:
@@ -251,10 +270,10 @@ class AsyncClient:
             self._state.cancel(stream)
             self._schedule_work()
 
-    async def _ask(self, question: Question) -> Reply:
+    async def _ask(self, question: Question, after: wire.Acked | None = None) -> Reply:
         self._check_open()
-        check_question(question)
-        query = self._state.ask(question, time.monotonic())
+        check(question)
+        query = self._state.ask(question, time.monotonic(), after)
         signal = _Signal()
         query.on_change = signal
         self._schedule_work()
@@ -280,10 +299,18 @@ class AsyncClient:
     def _work(self) -> None:
         """Everything that can be done without waiting. Reader callback, timer and next-turn call in one."""
         self._work_scheduled = False
-        if self._closed:
+        if self._closed or self._fault is not None:
             return
         had_word = self._driver.has_word
-        is_more = self._driver.work(time.monotonic())
+        try:
+            is_more = self._driver.work(time.monotonic())
+        except BaseException as error:
+            self._fault = ClientFaultError("a fault ended the client", remedy="make a new client")
+            self._fault.__cause__ = error
+            self._stop_looking()
+            self._state.fail(self._fault)
+            self._changed()
+            raise
         if self._driver.has_word and not had_word:
             self._changed()
         if is_more:

@@ -14,9 +14,9 @@ import zmq
 
 from msd import wire
 from msd.client.connection import CurveKeys
-from msd.client.driver import Driver, check_question
-from msd.client.failures import AnswerTimeoutError, ClientClosedError
-from msd.client.queries import Question, Reply, reply_of
+from msd.client.driver import Driver
+from msd.client.failures import AnswerTimeoutError, ClientClosedError, ClientFaultError
+from msd.client.queries import Question, Reply, acknowledgements, check, reply_of
 from msd.client.streams import RequestView, Stream
 from msd.client.submits import SubmitFields, build_submit
 
@@ -105,6 +105,7 @@ class Client:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._closing = False
+        self._fault: ClientFaultError | None = None
         self._is_woken = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -144,11 +145,24 @@ class Client:
     def fetch(
         self, request_ids: Sequence[str] | None = None, *, since_seq: int | None = None, max_bytes: int = 1024 * 1024
     ) -> wire.Results:
-        """Stored results: of these ids, or everything after `since_seq` (go on with `next_seq` while `more`)."""
+        """Stored results: of these ids, or everything after `since_seq` (go on with `next_seq` while `more`).
+
+        Fetched results stay in the daemon, and use up this tenant's room there, until they are given to `acknowledge`.
+        """
         ids = None if request_ids is None else tuple(request_ids)
         reply = self._ask(wire.Fetch(request_ids=ids, since_seq=since_seq, max_bytes=max_bytes))
         assert isinstance(reply, wire.Results), "only Results answer a Fetch"
         return reply
+
+    def acknowledge(self, request_ids: Sequence[str]) -> None:
+        """These results were received, by `fetch` say, and may be purged. Returns when the daemon has taken that in.
+
+        The results of handles acknowledge themselves. Ids that it does not know are ignored.
+        """
+        for acked in acknowledgements(request_ids):
+            with self._lock:
+                ping = self._state.new_ping()
+            self._ask(ping, after=acked)
 
     def status(self) -> dict[str, object]:
         """What the daemon says of itself."""
@@ -194,7 +208,8 @@ class Client:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         with self._lock:
             self._check_open()
-            self._changed.wait_for(lambda: self._driver.has_word, limit_s)
+            self._changed.wait_for(lambda: self._driver.has_word or self._fault is not None, limit_s)
+            self._check_open()
             if self._state.refusal is not None:
                 raise self._state.refusal
             if self._state.welcome is None:
@@ -222,13 +237,13 @@ class Client:
                 self._state.cancel(stream)
                 self._wake()
 
-    def _ask(self, question: Question) -> Reply:
+    def _ask(self, question: Question, after: wire.Acked | None = None) -> Reply:
         self._connection.check_process()
-        check_question(question)
+        check(question)
         changed = threading.Condition(self._lock)
         with self._lock:
             self._check_open()
-            query = self._state.ask(question, time.monotonic())
+            query = self._state.ask(question, time.monotonic(), after)
             query.on_change = changed.notify_all
             self._wake()
             if not changed.wait_for(lambda: query.is_finished, self.timeout_s):
@@ -239,6 +254,8 @@ class Client:
         return reply_of(query)
 
     def _check_open(self) -> None:
+        if self._fault is not None:
+            raise self._fault
         if self._closing:
             raise ClientClosedError("the client is closed", remedy="make a new one")
 
@@ -249,6 +266,19 @@ class Client:
             os.write(self._wake_write, b"\0")
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            with self._lock:
+                self._fault = ClientFaultError("the client's thread ended by a fault", remedy="make a new client")
+                self._fault.__cause__ = error
+                self._state.fail(self._fault)
+                self._changed.notify_all()
+            raise
+        finally:
+            self._connection.close()
+
+    def _serve(self) -> None:
         poller = zmq.Poller()
         for fd in (self._connection.socket_fd, self._connection.monitor_fd, self._wake_read):
             poller.register(fd, zmq.POLLIN)
@@ -269,4 +299,3 @@ class Client:
         with self._lock:
             self._state.close()
             self._driver.flush()
-        self._connection.close()

@@ -6,10 +6,8 @@ import time
 from random import Random
 from typing import Final, assert_never
 
-from msd import wire
 from msd.client.connection import Change, Connection, CurveKeys
 from msd.client.failures import RequestError
-from msd.client.queries import Question
 from msd.client.state import ClientState
 from msd.errors import DaemonUnreachableError
 
@@ -92,11 +90,3 @@ class Driver:
             f"no daemon answered at {self.connection.endpoint} within {waited_s:g} s",
             remedy="start it with `msd serve`, or name the right endpoint",
         )
-
-
-def check_question(question: Question) -> None:
-    """Refuse here what the daemon would. Raises RequestError."""
-    try:
-        wire.check_fields(question)
-    except wire.FieldError as error:
-        raise RequestError("invalid_field", str(error)) from error

@@ -71,5 +71,12 @@ class ClientClosedError(MsdError):
     """The client was closed under a request. Recoverable: the result can be fetched by another client."""
 
 
+class ClientFaultError(MsdError):
+    """A fault inside the client ended it; `__cause__` says which. Not recoverable: make a new client, report the fault.
+
+    Requests that were under way go on in the daemon: their results can be fetched by the new client.
+    """
+
+
 class ForkedClientError(MsdError):
     """A client was used in a forked child; its socket and thread live in the parent. Make a new one in the child."""

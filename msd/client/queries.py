@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from msd import wire
 from msd.client.failures import RequestError
@@ -11,14 +12,17 @@ from msd.errors import MsdError
 Question = wire.Cancel | wire.Status | wire.Fetch | wire.Ping
 Reply = wire.Done | wire.Error | wire.State | wire.Results | wire.Pong
 
+MAX_ACKED_IDS: Final = 256
+
 
 class Query:
-    """A question that is not a submit, with its one reply."""
+    """A question that is not a submit, with its one reply. The reply also says that `after` was taken in before."""
 
-    __slots__ = ("failure", "message", "on_change", "reply", "sent")
+    __slots__ = ("after", "failure", "message", "on_change", "reply", "sent")
 
-    def __init__(self, message: Question) -> None:
+    def __init__(self, message: Question, after: wire.Acked | None = None) -> None:
         self.message = message
+        self.after = after
         self.sent = False
         self.reply: Reply | None = None
         self.failure: MsdError | None = None
@@ -59,6 +63,25 @@ def _names(asked: wire.Status | wire.Cancel, reply: wire.State | wire.Done | wir
     if asked.request_id is not None:
         return reply.request_id == asked.request_id
     return asked.client_request_id is not None and reply.client_request_id == asked.client_request_id
+
+
+def acknowledgements(request_ids: Sequence[str]) -> list[wire.Acked]:
+    """`request_ids` in messages of as many as one may name. Raises RequestError (`invalid_field`)."""
+    messages = [
+        wire.Acked(request_ids=tuple(request_ids[first : first + MAX_ACKED_IDS]))
+        for first in range(0, len(request_ids), MAX_ACKED_IDS)
+    ]
+    for message in messages:
+        check(message)
+    return messages
+
+
+def check(message: Question | wire.Acked) -> None:
+    """Refuse here what the daemon would. Raises RequestError (`invalid_field`)."""
+    try:
+        wire.decode_client(wire.encode(message))
+    except (*wire.DECODE_ERRORS, wire.FieldError, TypeError, OverflowError) as error:
+        raise RequestError("invalid_field", str(error)) from error
 
 
 def reply_of(query: Query) -> Reply:

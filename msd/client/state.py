@@ -71,6 +71,8 @@ class ClientState:
         self._unsent: deque[Stream] = deque()
         self._num_submits = 0
         self._submit_credit = 0
+        self._unfinished: dict[str, int] = {}
+        """Submits of each id that credit of this connection was spent on; the daemon keeps the same account."""
         self._queries: list[Query] = []
         self._to_fetch: dict[str, Stream] = {}
         self._fetching: dict[str, Stream] = {}
@@ -118,11 +120,11 @@ class ClientState:
         elif self.welcome is not None:
             self._send(_cancel_of(stream))
 
-    def ask(self, message: Question, now_s: float) -> Query:
-        """Put a question; sent at once, or when there is a session."""
+    def ask(self, message: Question, now_s: float, after: wire.Acked | None = None) -> Query:
+        """Put a question; sent at once, or when there is a session. `after`: what is sent right before it."""
         if len(self._queries) >= MAX_QUERIES:
             raise RequestError("no_credit", f"{MAX_QUERIES} questions of this client are unanswered")
-        query = Query(message)
+        query = Query(message, after)
         if self.refusal is not None:
             query.finish(None, self.refusal)
             return query
@@ -143,6 +145,10 @@ class ClientState:
         """End everything that is under way; acknowledge what was received."""
         self._send_acks()
         self._fail_all(ClientClosedError("the client was closed", remedy="fetch the result with another client"))
+
+    def fail(self, failure: MsdError) -> None:
+        """End everything that is under way: this client is no more."""
+        self._fail_all(failure)
 
     # --- what happens on the connection ------------------------------------------------------------------------------
 
@@ -278,7 +284,10 @@ class ClientState:
         self._pump(now_s)
 
     def _on_ack(self, ack: wire.Ack, now_s: float) -> None:
-        self._submit_credit = ack.submit_credit + ack.duplicate
+        self._submit_credit = ack.submit_credit
+        if ack.duplicate:
+            # The Ack was made before it counted itself.
+            self._count_answer(ack.client_request_id)
         stream = self._streams.get(ack.client_request_id)
         if stream is not None and not stream.is_finished:
             stream.phase = Phase.ACKED
@@ -288,10 +297,7 @@ class ClientState:
                 # The first may have come before the daemon knew the request.
                 self._send(wire.Cancel(request_id=ack.request_id))
             if stream.request_id != ack.request_id:
-                if stream.request_id is not None:
-                    self._by_request.pop(stream.request_id, None)
-                stream.request_id = ack.request_id
-                self._by_request[ack.request_id] = stream
+                self._bind(stream, ack.request_id)
             stream.changed()
         self._pump(now_s)
 
@@ -306,7 +312,7 @@ class ClientState:
             self._num_deltas_taken = 0
 
     def _on_done(self, done: wire.Done, now_s: float) -> None:
-        self._submit_credit += 1
+        self._count_answer(done.client_request_id)
         self._answer(done)
         stream = self._find(done.request_id, done.client_request_id)
         if stream is not None:
@@ -323,7 +329,7 @@ class ClientState:
             self._on_unaddressed(error, now_s)
             return
         if error.client_request_id is not None and error.code != "not_found":
-            self._submit_credit += 1
+            self._count_answer(error.client_request_id)
         if not self._answer(error):
             stream = self._find(error.request_id, error.client_request_id)
             if stream is not None:
@@ -332,7 +338,10 @@ class ClientState:
 
     def _on_unaddressed(self, error: wire.Error, now_s: float) -> None:
         """An Error about the connection or a fetch, not about a request."""
-        if self.welcome is None:
+        if error.code == "unauthenticated":
+            # Also in the middle of a session: its key was revoked.
+            self.refused(RequestError.of(error))
+        elif self.welcome is None:
             if error.retryable:
                 self._hello_due_s = now_s + (error.retry_after_ms or 1_000) / 1_000
             elif error.code != "malformed":
@@ -414,10 +423,15 @@ class ClientState:
         self._pump(now_s)
 
     def _conclude(self, stream: Stream, done: wire.Done, now_s: float) -> None:
+        if stream.is_finished:
+            return
         needs_text = (done.detached or stream.has_gap or done.attempt != stream.attempt) and done.usage.completion > 0
         if done.text is None and needs_text:
             stream.phase = Phase.FETCHING
-            self._to_fetch[done.request_id] = stream
+            if stream.request_id != done.request_id:
+                self._bind(stream, done.request_id)
+            if done.request_id not in self._fetching:
+                self._to_fetch[done.request_id] = stream
             return
         self._ack(done.request_id, now_s)
         self._drop(stream)
@@ -433,6 +447,7 @@ class ClientState:
         self._hello_due_s = now_s + HELLO_AGAIN_S
         self.outgoing.clear()
         self._num_submits = 0
+        self._unfinished.clear()
         self._num_deltas_taken = 0
         resumes: list[wire.Resume] = []
         again: list[Stream] = []
@@ -475,6 +490,8 @@ class ClientState:
             # Results name no question: one fetch at a time.
             if not query.sent and not (is_fetch and self._is_fetching):
                 query.sent = True
+                if query.after is not None:
+                    self._send(query.after)
                 self._send(query.message)
         if self._to_fetch and not self._is_fetching:
             request_ids = tuple(itertools.islice(self._to_fetch, MAX_FETCH_IDS))
@@ -485,7 +502,12 @@ class ClientState:
             stream = self._unsent.popleft()
             if stream.phase is not Phase.QUEUED:
                 continue
+            if stream.deadline_s is not None and now_s >= stream.deadline_s:
+                self._expire(stream)
+                continue
             self._num_submits += 1
+            name = stream.client_request_id
+            self._unfinished[name] = self._unfinished.get(name, 0) + 1
             stream.phase = Phase.SENT
             self.outgoing.append(self._payload_now(stream, now_s))
             if stream.cancelled:
@@ -542,18 +564,31 @@ class ClientState:
         for stream in list(self._streams.values()):
             is_here = self.welcome is None or stream.phase in (Phase.QUEUED, Phase.RETRYING)
             if is_here and stream.deadline_s is not None and now_s >= stream.deadline_s:
-                self._drop(stream)
-                stream.fail(
-                    RequestError(
-                        "deadline_exceeded",
-                        "its deadline passed before the daemon took it",
-                        client_request_id=stream.client_request_id,
-                    )
-                )
+                self._expire(stream)
+
+    def _expire(self, stream: Stream) -> None:
+        self._drop(stream)
+        text = "its deadline passed before the daemon took it"
+        stream.fail(RequestError("deadline_exceeded", text, client_request_id=stream.client_request_id))
+
+    def _count_answer(self, client_request_id: str) -> None:
+        """A submit ended; its credit is back if it was spent on this connection."""
+        num_unfinished = self._unfinished.pop(client_request_id, 0)
+        if num_unfinished:
+            self._submit_credit += 1
+        if num_unfinished > 1:
+            self._unfinished[client_request_id] = num_unfinished - 1
+
+    def _bind(self, stream: Stream, request_id: str) -> None:
+        self._forget_request_id(stream)
+        stream.request_id = request_id
+        self._by_request[request_id] = stream
 
     def _forget_request_id(self, stream: Stream) -> None:
         if stream.request_id is not None:
             self._by_request.pop(stream.request_id, None)
+            self._to_fetch.pop(stream.request_id, None)
+            self._fetching.pop(stream.request_id, None)
 
     def _drop(self, stream: Stream) -> None:
         self._streams.pop(stream.client_request_id, None)

@@ -20,14 +20,15 @@ from msd.client import (
     AsyncClient,
     Client,
     ClientClosedError,
+    ClientFaultError,
     CurveKeys,
     DaemonUnreachableError,
     ForkedClientError,
     RequestError,
 )
 from msd.config import TenantConfig, ZmqIngressConfig
-from msd.errors import ConfigError
-from tests.contract.front_door import TIMEOUT_S, open_door
+from msd.errors import ConfigError, MsdError
+from tests.contract.front_door import TIMEOUT_S, Producer, open_door
 
 
 @pytest.fixture
@@ -153,6 +154,32 @@ def test_results_are_fetched_by_id_and_in_order(config: ZmqIngressConfig) -> Non
         assert [item.request_id for item in page.items] == [result.request_id for result in done[2:]]
         first = client.fetch(since_seq=0, max_bytes=1)
         assert (len(first.items), first.more) == (1, True)
+
+
+def test_fetched_results_are_acknowledged_only_on_demand(config: ZmqIngressConfig) -> None:
+    with open_door(config) as door, Producer(door.endpoint) as producer, Client(door.endpoint) as client:
+        for n in range(300):
+            producer.send(wire.Submit(client_request_id=f"{n}", max_tokens=1, prompt="hello", stream=False))
+        ids = [producer.until(wire.Done).request_id for _ in range(300)]
+        fetched = [item.request_id or "" for item in client.fetch(since_seq=0).items]
+        assert sorted(fetched) == sorted(ids)
+        client.ping()
+        assert door.house.acknowledged == []
+        client.acknowledge(fetched)
+        assert door.house.acknowledged == fetched, "the daemon has them when the call returns"
+        with pytest.raises(RequestError, match="invalid_field"):
+            client.acknowledge(["x" * 200])
+
+
+def test_asyncio_acknowledges_what_it_fetched(config: ZmqIngressConfig) -> None:
+    async def main(endpoint: str) -> None:
+        async with AsyncClient(endpoint) as client:
+            await client.acknowledge([])
+            await client.acknowledge(["r1", "r2"])
+
+    with open_door(config) as door:
+        asyncio.run(main(door.endpoint))
+        assert door.house.acknowledged == ["r1", "r2"]
 
 
 def test_a_retryable_refusal_is_waited_out(config: ZmqIngressConfig) -> None:
@@ -300,6 +327,35 @@ def test_keys_open_tcp_and_a_strangers_do_not(tmp_path: Path) -> None:
             pass
 
 
+def test_a_revoked_key_ends_the_requests_of_its_client(tmp_path: Path) -> None:
+    (server_public, server_secret), (public, secret) = (zmq.curve_keypair() for _ in range(2))
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "team.key").write_bytes(public)
+    secret_file = tmp_path / "secret"
+    secret_file.write_bytes(server_secret)
+    secret_file.chmod(0o600)
+    config = ZmqIngressConfig(
+        endpoints=("tcp://127.0.0.1:*",), curve_secret_key_file=str(secret_file), curve_keys_dir=str(keys)
+    )
+    with (
+        open_door(config) as door,
+        Client(door.endpoint, curve=CurveKeys(server_public.decode(), secret.decode())) as client,
+    ):
+        door.house.hold = True
+        waiting = client.submit("hello", max_tokens=1)
+        until(lambda: bool(door.house.held))
+        (keys / "team.key").unlink()
+        with pytest.raises(RequestError, match="unauthenticated"):
+            waiting.result(TIMEOUT_S)
+        door.call(door.house.release)
+        with pytest.raises(RequestError, match="unauthenticated"):
+            client.submit("hello", max_tokens=1).result(TIMEOUT_S)
+        with pytest.raises(RequestError, match="unauthenticated"):
+            client.fetch(since_seq=0)
+        assert door.house.num_executions == 1
+
+
 def test_an_endpoint_that_is_none_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="endpoint"):
         Client("nonsense")
@@ -320,6 +376,64 @@ def test_a_closed_client_ends_its_handles_and_refuses_more(config: ZmqIngressCon
             handle.result(1)
         with pytest.raises(ClientClosedError):
             client.submit("hello", max_tokens=1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_in_the_clients_thread_ends_all_waits(
+    config: ZmqIngressConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_door(config) as door, Client(door.endpoint, timeout_s=TIMEOUT_S) as client:
+        door.house.hold = True
+        handle = client.submit("hello", max_tokens=1)
+        until(lambda: handle.request_id is not None)
+        failures: list[MsdError] = []
+
+        def wait_for(ask: Callable[[], object]) -> None:
+            try:
+                ask()
+            except MsdError as failure:
+                failures.append(failure)
+
+        def fail() -> None:
+            raise RuntimeError("a fault")
+
+        thread = threading.Thread(target=wait_for, args=(handle.result,))
+        thread.start()
+        monkeypatch.setattr(client._connection, "receive", fail)
+        # Without the fix both of these hang: nobody answers the one, nobody looks at the other.
+        wait_for(client.status)
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+        assert [type(failure) for failure in failures] == [ClientFaultError] * 2
+        assert isinstance(failures[0].__cause__, RuntimeError)
+        for use in (client.connect, client.ping, lambda: client.submit("hello", max_tokens=1)):
+            with pytest.raises(ClientFaultError):
+                use()
+
+
+def test_a_fault_in_asyncios_callback_ends_all_waits(config: ZmqIngressConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(endpoint: str) -> None:
+        seen: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context.get("exception")))
+        async with asyncio.timeout(TIMEOUT_S), AsyncClient(endpoint, timeout_s=TIMEOUT_S) as client:
+
+            def fail() -> None:
+                raise RuntimeError("a fault")
+
+            handle = client.submit("hello", max_tokens=1)
+            monkeypatch.setattr(client._connection, "receive", fail)
+            for wait in (handle.result(), client.status()):
+                with pytest.raises(ClientFaultError):
+                    await wait
+            with pytest.raises(ClientFaultError):
+                client.submit("hello", max_tokens=1)
+            with pytest.raises(ClientFaultError):
+                await client.connect()
+        assert [type(error) for error in seen] == [RuntimeError], "raised once, to the loop's handler"
+
+    with open_door(config) as door:
+        door.house.hold = True
+        asyncio.run(main(door.endpoint))
 
 
 def test_asyncio_refuses_use_before_it_is_open_and_after_it_is_closed(config: ZmqIngressConfig) -> None:

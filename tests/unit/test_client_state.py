@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from msd import wire
 from msd.client.failures import RequestError
+from msd.client.queries import acknowledgements
 from msd.client.state import ACK_AFTER_S, ACK_AT_ONCE, MAX_RESUMES, PING_AFTER_S, ClientState
 from msd.client.streams import MAX_QUEUED_DELTAS, Phase, Stream
 from msd.client.submits import SubmitFields, build_submit, new_request_id
@@ -210,6 +211,40 @@ def test_a_detached_stream_without_text_is_fetched_and_a_lost_result_is_an_error
     assert code_of(stream) == "not_found"
 
 
+def test_a_stream_ends_once_whichever_answer_is_first() -> None:
+    world = World()
+    world.greet()
+    stream, other = world.running("a"), world.running("b")
+    world.hear(done("a", detached=True, completion=3), done("b", detached=True, completion=3))
+    assert world.sent() == [wire.Fetch(request_ids=("r-a",))]
+    # A cancel is answered with the whole result, and that of the fetch is still to come.
+    world.state.cancel(stream)
+    world.hear(done("a", text="1 2 3 "))
+    world.state.cancel(other)
+    world.hear(done("b", text="4 5 6 "))
+    assert not any(isinstance(message, wire.Fetch) for message in world.sent())
+    deltas = [list(one.deltas) for one in (stream, other)]
+    world.hear(wire.Results(items=(done("a", text="1 2 3 4 "),), next_seq=1, more=False))
+    assert [list(one.deltas) for one in (stream, other)] == deltas
+    assert (text_of(stream), text_of(other)) == ("1 2 3 ", "4 5 6 ")
+    assert world.sent() == [], "nothing is fetched for the second"
+    world.hear(done("a", text="1 2 3 4 5 "), wire.refusal("internal", "no", client_request_id="b"))
+    assert stream.failure is None
+    assert text_of(stream) == "1 2 3 "
+
+
+def test_a_fetching_stream_that_is_given_up_is_not_found_missing_later() -> None:
+    world = World()
+    world.greet()
+    stream = world.running("a", slo={"deadline_ms": 500.0})
+    world.hear(done("a", detached=True, completion=3))
+    world.state.lost(world.now_s)
+    world.wait(1.0)
+    assert code_of(stream) == "deadline_exceeded"
+    world.greet()
+    assert not any(isinstance(message, wire.Fetch) for message in world.sent())
+
+
 def test_credit_is_given_back_when_half_of_it_is_used() -> None:
     world = World(delta_credit=8)
     world.greet()
@@ -241,6 +276,44 @@ def test_submits_wait_for_credit_and_get_it_with_answers() -> None:
     assert len(world.sent()) == 1
     world.hear(wire.refusal("invalid_field", "no", client_request_id="b"))
     assert len(world.sent()) == 1
+
+
+def test_only_answers_to_submits_of_this_connection_give_credit_back() -> None:
+    world = World()
+    world.greet(credit=2)
+    resumed = world.running("old")
+    world.state.lost(world.now_s)
+    world.greet(credit=2)
+    for name in "abcd":
+        world.submit(name)
+    assert len(world.sent()) == 2
+    world.hear(done("old", text="1"))
+    assert resumed.is_finished
+    world.hear(done("elsewhere", text="1"), wire.refusal("dead_letter", "of a cancel", client_request_id="elsewhere"))
+    assert world.sent() == []
+    # A repeat of what another connection began: its Ack ends the submit, its Done ends nothing more.
+    world.hear(ack("a", credit=2, duplicate=True))
+    assert [message.client_request_id for message in world.sent() if isinstance(message, wire.Submit)] == ["c"]
+    world.hear(done("a", text="1"))
+    assert world.sent() == []
+    world.hear(done("b", text="1"))
+    world.hear(done("b", text="1"))
+    assert [message.client_request_id for message in world.sent() if isinstance(message, wire.Submit)] == ["d"]
+    world.submit("e")
+    assert world.sent() == []
+
+
+def test_a_submit_whose_deadline_passed_before_there_was_credit_is_not_sent() -> None:
+    world = World()
+    world.greet(credit=1)
+    world.submit("a")
+    late = world.submit("b", slo={"deadline_ms": 50.0})
+    world.submit("c")
+    world.sent()
+    world.now_s += 0.06
+    world.hear(done("a", text="1"))
+    assert [message.client_request_id for message in world.sent() if isinstance(message, wire.Submit)] == ["c"]
+    assert code_of(late) == "deadline_exceeded"
 
 
 def test_an_unacknowledged_submit_is_sent_again_after_a_reconnect_with_its_id() -> None:
@@ -577,6 +650,38 @@ def test_replies_find_their_questions() -> None:
     assert not second.is_finished
     world.hear(wire.refusal("journal_unavailable", "broken"))
     assert isinstance(second.reply, wire.Error)
+
+
+def test_an_acknowledgement_is_followed_by_a_question_and_put_again_with_it() -> None:
+    world = World()
+    world.greet()
+    acked = wire.Acked(request_ids=("r1", "r2"))
+    query = world.state.ask(wire.Ping(n=5), world.now_s, acked)
+    assert world.sent() == [acked, wire.Ping(n=5)]
+    world.state.lost(world.now_s)
+    world.greet()
+    assert world.sent() == [acked, wire.Ping(n=5)]
+    world.hear(wire.Pong(n=5, epoch="e1"))
+    assert query.is_finished
+
+
+def test_acknowledgements_are_cut_to_what_one_message_names_and_checked() -> None:
+    ids = [f"r{n}" for n in range(600)]
+    messages = acknowledgements(ids)
+    assert [len(message.request_ids) for message in messages] == [256, 256, 88]
+    assert [name for message in messages for name in message.request_ids] == ids
+    assert acknowledgements([]) == []
+    with pytest.raises(RequestError, match="invalid_field"):
+        acknowledgements(["x" * 129])
+
+
+def test_a_client_whose_key_is_revoked_hears_it_in_the_middle_of_a_session() -> None:
+    world = World()
+    world.greet()
+    stream = world.running()
+    world.hear(wire.refusal("unauthenticated", "revoked"))
+    assert code_of(stream) == "unauthenticated"
+    assert code_of(world.submit("b")) == "unauthenticated"
 
 
 def test_questions_are_put_again_after_a_reconnect() -> None:
