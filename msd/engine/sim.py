@@ -54,7 +54,7 @@ FILLER_TOKENS = 16_384
 def _filler() -> tuple[tuple[int, ...], str]:
     """Two rounds of the filler: ids, and their text at SIM_WORD_CHARS each."""
     rng = Random(0)
-    once = tuple(rng.randrange(len(SIM_WORDS)) for _ in range(FILLER_TOKENS))
+    once = tuple(rng.choices(range(len(SIM_WORDS)), k=FILLER_TOKENS))
     text = "".join([SIM_WORDS[token_id] for token_id in once])
     return once + once, text + text
 

@@ -148,7 +148,7 @@ class Producers:
         self._open: list[SimSession] = []
         self._in_burst = False
         self._phase_ends_s = self._loop.time()
-        self._pool = tuple(rng.randrange(4_096) for _ in range(PROMPT_POOL_TOKENS + MAX_PROMPT_TOKENS))
+        self._pool = tuple(rng.choices(range(4_096), k=PROMPT_POOL_TOKENS + MAX_PROMPT_TOKENS))
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._last: deque[tuple[SimSession, Submit]] = deque(maxlen=MOST_REPEATABLE)
 

@@ -35,7 +35,8 @@ def measure(options: Options) -> list[Row]:
         speed, cpu_speed = msgspec.json.decode(done.stdout.splitlines()[-1], type=tuple[float, float])
         speeds.append(speed)
         cpu_speeds.append(cpu_speed)
-    name = "virtual seconds per second, 50 req/s of 64 tokens"
+    delta_ms = STEADY.emit_interval_ms
+    name = f"virtual seconds per second, 50 req/s of 64 tokens, streamed in Deltas of {delta_ms:g} ms, all checks on"
     return [
         row(name, "x", speeds, target=TARGET, op=">=", bar=BAR_SPEED),
         row("the same per second of CPU (a busy machine gives less of it)", "x", cpu_speeds, target=TARGET, op=">="),
