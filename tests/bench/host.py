@@ -1,7 +1,8 @@
-"""The daemon in a process that also watches its own event loop, and lets a bench call its AsyncLLM directly.
+"""The daemon in a process that can watch its own event loop, and lets a bench call its AsyncLLM directly.
 
-`python -m tests.bench.host CONFIG CONTROL WATCHED`: CONTROL is the path of a unix socket for the direct calls, WATCHED
-the file that gets what was watched (`Watched`) when SIGTERM ends the daemon.
+`python -m tests.bench.host CONFIG CONTROL WATCHED [--lag]`: CONTROL is the path of a unix socket for the direct calls,
+WATCHED the file that gets what was watched (`Watched`) when SIGTERM ends the daemon. Without `--lag` nothing wakes the
+loop beside the daemon itself, so that its CPU is its own.
 
 The direct calls are the least that can be between an AsyncLLM and a consumer in another process: the consumer sends
 frames of msgpack over the unix socket (`Order`), the answers' tokens come back the same way (`Piece`). Prompts reach
@@ -43,6 +44,7 @@ from tests.bench.harness import ROOT, CannotMeasureError
 
 START_S = 240.0
 STOP_S = 60.0
+LAG_OPTION = "--lag"
 RECEIVE_BYTES = 65_536
 TOKEN_LOW, TOKEN_HIGH = 16, 96
 """Token ids of the testbed's characters."""
@@ -215,7 +217,7 @@ def _watch_starts() -> list[tuple[int, int]]:
     return starts
 
 
-async def _host(config_file: Path, control: Path) -> Watched:
+async def _host(config_file: Path, control: Path, *, samples_lag: bool) -> Watched:
     """Run the daemon to its end; return what its process saw."""
     config = settings.load(config_file)
     logs.configure(config.daemon)
@@ -224,16 +226,18 @@ async def _host(config_file: Path, control: Path) -> Watched:
     sampler = lag.LagSampler()
     server = await asyncio.start_unix_server(DirectCalls(daemon).serve, control)
     async with server, asyncio.TaskGroup() as tasks:
-        sampling = tasks.create_task(sampler.run())
+        sampling = tasks.create_task(sampler.run()) if samples_lag else None
         await daemon.run()
-        sampling.cancel()
+        if sampling is not None:
+            sampling.cancel()
     return Watched(lags=sampler.samples, starts=starts)
 
 
 def main() -> None:
     """Be the host."""
-    config_file, control, watched = map(Path, sys.argv[1:])
-    watched.write_bytes(msgspec.json.encode(uvloop.run(_host(config_file, control))))
+    config_file, control, watched = map(Path, sys.argv[1:4])
+    seen = uvloop.run(_host(config_file, control, samples_lag=LAG_OPTION in sys.argv[4:]))
+    watched.write_bytes(msgspec.json.encode(seen))
 
 
 # --- in the bench's process ------------------------------------------------------------------------------------------
@@ -242,9 +246,10 @@ def main() -> None:
 class Host:
     """`with Host(folder, body) as host:` - the daemon starts when entered; `wait_up` says when its engines are warm."""
 
-    def __init__(self, folder: Path, body: str) -> None:
+    def __init__(self, folder: Path, body: str, *, samples_lag: bool = False) -> None:
         self.endpoint = f"ipc://{folder}/msd.sock"
         self.control = folder / "control.sock"
+        self._options = [LAG_OPTION] if samples_lag else []
         self._config, self._watched, self._log = folder / "config.toml", folder / "watched.json", folder / "daemon.log"
         self._config.write_text(
             f'[daemon]\ndrain_s = 5\nrun_dir = "{folder}/run"\n[ingress.zmq]\nendpoints = ["{self.endpoint}"]\n{body}'
@@ -252,6 +257,7 @@ class Host:
 
     def __enter__(self) -> Host:
         command = [sys.executable, "-m", "tests.bench.host", *map(str, (self._config, self.control, self._watched))]
+        command += self._options
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         return self

@@ -56,7 +56,10 @@ def measure(options: Options) -> list[Row]:
 
 def _run(seconds: float) -> dict[str, NDArray[np.float64]]:
     """Start two engines with load on what is warm; return the lags of each phase, and of the idle loop, in ms."""
-    with tempfile.TemporaryDirectory(prefix="msd-bench-") as folder, Host(Path(folder), engines(2)) as host:
+    with (
+        tempfile.TemporaryDirectory(prefix="msd-bench-") as folder,
+        Host(Path(folder), engines(2), samples_lag=True) as host,
+    ):
         with _idle_loop(Path(folder) / "idle.json"):
             host.wait_up(1)
             over = threading.Event()

@@ -70,7 +70,7 @@ def _line(row: Row) -> str:
 
 def _peer(row: Row) -> str:
     assert row.peer is not None
-    value = "" if row.peer.value is None else f": {row.peer.value:g}"
+    value = "" if row.peer.value is None else f": {row.peer.value:.4g}"
     return f"{row.peer.name} {row.peer.version}{value}"
 
 

@@ -21,7 +21,8 @@ from msd import wire
 from msd.client import AsyncClient
 from tests.bench.harness import ROOT, CannotMeasureError
 
-ACK_BATCH = 256
+LINGER_MS = 2_000
+"""The last acknowledgements must arrive: results that nobody acknowledged fill the daemon's bound."""
 CREDIT = 65_536
 CREDIT_STEP = 8_192
 PATIENCE_MS = 20_000
@@ -35,6 +36,8 @@ class Work(Struct, frozen=True, kw_only=True):
     window: int
     max_tokens: int = 1
     stream: bool = False
+    ack_batch: int = 256
+    """The raw producer acknowledges so many results at a time."""
 
 
 class Figures(Struct, frozen=True, kw_only=True):
@@ -80,7 +83,7 @@ def raw(endpoint: str, work: Work) -> Figures:
     ]
     decode = msgspec.msgpack.Decoder(_Head).decode
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.connect(endpoint)
         socket.send_multipart([wire.VERSION, wire.encode(wire.Hello(client="bench", delta_credit=CREDIT))])
         if not socket.poll(PATIENCE_MS):
@@ -106,9 +109,10 @@ def raw(endpoint: str, work: Work) -> Figures:
                     num_taken += 1
                 elif head.t == "error":
                     raise CannotMeasureError(f"the daemon refused: {head.message}")
-            if len(to_ack) >= ACK_BATCH:
-                socket.send_multipart([wire.VERSION, wire.encode(wire.Acked(request_ids=tuple(to_ack[:ACK_BATCH])))])
-                del to_ack[:ACK_BATCH]
+            while len(to_ack) >= work.ack_batch or (to_ack and num_done == work.num_requests):
+                acked = wire.Acked(request_ids=tuple(to_ack[: work.ack_batch]))
+                socket.send_multipart([wire.VERSION, wire.encode(acked)])
+                del to_ack[: work.ack_batch]
             if num_taken >= CREDIT_STEP:
                 socket.send_multipart([wire.VERSION, wire.encode(wire.Credit(add=num_taken))])
                 num_taken = 0

@@ -18,6 +18,8 @@ BAR_MIB = 5.0
 MIB = 1024 * 1024
 SETTLE_S = 1.0
 MAX_REPEATS = 3
+ACK_BATCH = 32
+"""Stored results are bound to 1 MiB: results wait for their acknowledgement not much longer than for their reader."""
 BOUND = """
 [journal]
 max_result_bytes = 1_048_576
@@ -33,10 +35,10 @@ def measure(options: Options) -> list[Row]:
     for repeat in range(repeats):
         say(f"{TARGET}: repeat {repeat + 1} of {repeats}")
         with daemon_of(NOOP.format(num_chunks=1) + BOUND) as daemon:
-            producers.run("raw", daemon.endpoint, Work(num_requests=first, window=WINDOW))
+            producers.run("raw", daemon.endpoint, Work(num_requests=first, window=WINDOW, ack_batch=ACK_BATCH))
             time.sleep(SETTLE_S)
             early = rss_bytes(daemon.process.pid)
-            producers.run("raw", daemon.endpoint, Work(num_requests=last - first, window=WINDOW))
+            producers.run("raw", daemon.endpoint, Work(num_requests=last - first, window=WINDOW, ack_batch=ACK_BATCH))
             time.sleep(SETTLE_S)
             early_mib.append(early / MIB)
             growth_mib.append((rss_bytes(daemon.process.pid) - early) / MIB)
