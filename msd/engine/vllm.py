@@ -27,7 +27,7 @@ from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, Prompt, Sampling
 from msd.engine import processes
 from msd.engine.processes import ProcessId
 from msd.engine.vllm_arguments import build_arguments
-from msd.engine.vllm_plugin import FORK_VARIABLE, LOG_VARIABLE, PARENT_VARIABLE, process_identity
+from msd.engine.vllm_plugin import FORK_VARIABLE, LOG_VARIABLE, NICE_VARIABLE, PARENT_VARIABLE, process_identity
 from msd.errors import ConfigError, EngineError, EngineLostError, EngineStartError, RequestRefusedByEngineError
 
 if TYPE_CHECKING:
@@ -49,17 +49,20 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     CPU_KV_VARIABLE: "1",
     "VLLM_USE_AOT_COMPILE": "0",
+    NICE_VARIABLE: "5",
 }
 """On a CPU: engines with two spinning OpenMP threads each made four engines 3 times slower on 2 cores. Numba counts
 too: ngram speculation starts its OpenMP layer, which raises torch's threads to the number of cores; on busy cores a
 token then took 21-80 ms instead of 1.4. vLLM 0.32 cannot load its ahead-of-time compilations on a CPU and compiles
-anew at each start; without them inductor's own cache works (a second start in 10 s instead of 15)."""
+anew at each start; without them inductor's own cache works (a second start in 10 s instead of 15). Engines that compute
+on the cores that the daemon's loop runs on are nicer than it: a loop that waits for its turn delays every stream."""
 WATCH_INTERVAL_S = 0.2
 WARM_UP_ROUNDS = 3
 WARM_UP_PROMPT_TOKENS = 32
 WARM_UP_TOKENS = 16
 INTERRUPT_S = 15.0
 """How long `stop` tries to break off a start: its processes are killed, then vLLM has to notice."""
+SHUT_DOWN_S = 10.0
 STOP_GRACE_S = 5.0
 KILL_S = 5.0
 NUM_LAST_LINES = 10
@@ -125,9 +128,10 @@ class VllmEngine:
             self._llm = llm
             self._max_model_len = int(llm.vllm_config.model_config.max_model_len)
             ttft_ms, tpot_ms = await self._warm_up(llm)
-        except EngineError as error:
+        except Exception as error:  # as in `generate`: an engine that fails in any way must not take the daemon along
+            text = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             raise EngineStartError(
-                f"engine {self.name} did not start: {error}", last_lines=self._last_lines()
+                f"engine {self.name} did not start: {text}", last_lines=self._last_lines()
             ) from error
         return EngineInfo(
             engine=self.name,
@@ -159,7 +163,13 @@ class VllmEngine:
         if llm is not None:
             # Asked again: an engine may have started further processes since it came up.
             self._processes |= await loop.run_in_executor(None, processes.tree_of, self._cores)
-            await loop.run_in_executor(None, self._shut_down, llm)
+            shut_down = loop.run_in_executor(None, self._shut_down, llm)
+            await asyncio.wait((shut_down,), timeout=SHUT_DOWN_S)
+            if not shut_down.done():
+                # It waits for processes that do not answer: they are killed, and then it has nothing to wait for.
+                log.warning("vllm_shutdown_hangs", engine=self.name, after_s=SHUT_DOWN_S)
+                await loop.run_in_executor(None, processes.end, self._processes, 0.0, KILL_S)
+                await asyncio.wait((shut_down,), timeout=KILL_S)
             await asyncio.sleep(0)  # vLLM has its sockets closed by a callback of the loop
             await loop.run_in_executor(None, _destroy_context, llm)
         left = await loop.run_in_executor(None, processes.end, self._processes, STOP_GRACE_S, KILL_S)
@@ -223,10 +233,10 @@ class VllmEngine:
 
         if self._stopped:
             raise EngineError("it was stopped before it began to start")
-        self._turn_log()
         me = os.getpid()
         before = self._children_before = processes.children_of(me)
         try:
+            self._turn_log()
             with _environment(self._child_environment()):
                 llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._make_stat_logger])
                 # The gauges come from the EngineCore's scheduler. vLLM's own statistics of each token, which nobody

@@ -15,6 +15,7 @@ import sys
 PARENT_VARIABLE = "MSD_ENGINE_PARENT"
 LOG_VARIABLE = "MSD_ENGINE_LOG"
 FORK_VARIABLE = "MSD_ENGINE_FORK_WORKERS"
+NICE_VARIABLE = "MSD_ENGINE_NICE"
 PR_SET_PDEATHSIG = 1
 MAX_ANCESTORS = 64
 
@@ -49,6 +50,10 @@ def register() -> None:
         _redirect_output(log_path)
     # Out of the terminal's foreground group: Ctrl-C is for the daemon, which drains while its engines still work.
     os.setpgid(0, 0)
+    nice = os.environ.get(NICE_VARIABLE, "")
+    if nice:
+        # Absolute, not added: a worker that loads this again stays as nice as its EngineCore. Never below one's own.
+        os.setpriority(os.PRIO_PROCESS, 0, max(int(nice), os.getpriority(os.PRIO_PROCESS, 0)))
     _die_with_parent(identity)
     if os.environ.get(FORK_VARIABLE) == "1" and _identity_or_empty(os.getppid()) == identity:
         # This is the EngineCore, which has imported most of what its workers need: forked, they start in a second
@@ -103,7 +108,7 @@ def _identity_or_empty(pid: int) -> str:
 
 
 def _redirect_output(path: str) -> None:
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
