@@ -55,6 +55,7 @@ class Dispatcher:
         self.idle = asyncio.Event()
         """Set while no request is open; the drain waits for it."""
         self.idle.set()
+        self._is_idle = True
 
     def attach(self, pool: Pool) -> None:
         """The pool needs this object as its sink, so it comes after."""
@@ -83,10 +84,13 @@ class Dispatcher:
         self._note_idle()
 
     def _note_idle(self) -> None:
-        if self.scheduler.num_pending or self._num_long:
-            self.idle.clear()
-        else:
-            self.idle.set()
+        is_idle = not (self.scheduler.num_pending or self._num_long)
+        if is_idle is not self._is_idle:
+            self._is_idle = is_idle
+            if is_idle:
+                self.idle.set()
+            else:
+                self.idle.clear()
 
     def _perform(self, command: c.Command) -> None:
         match command:
@@ -164,7 +168,7 @@ class Dispatcher:
             self._refuse(submit, session, "queue_full", "too many long prompts at once", retry_after_ms=100)
         else:
             self._num_long += 1
-            self.idle.clear()
+            self._note_idle()
             self._spawn(self._submit_long(submit, session, now_us))
 
     async def _submit_long(self, submit: Submit, session: Session, received_us: int) -> None:
