@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +24,12 @@ from tests.daemon_process import TOY, DaemonProcess
 
 CONTEXT_TOKENS = 512
 MAX_WAITING = 60
+PENDING_BYTES = 1_024
+"""Some hundred tokens of a simulated engine: a reader that stands still is soon detached."""
 ENGINES = f"""{TOY}
 [limits]
 max_waiting = {MAX_WAITING}
+pending_delta_bytes = {PENDING_BYTES}
 [[engine]]
 name = "fast"
 model = "toy"
@@ -42,24 +46,36 @@ sim = {{ step_ms = 6.0, prefill_ms_per_token = 0.02, decode_ms_per_request = 0.1
 name = "round_robin"
 """
 LIMIT_S = 20.0
+QUIET_ANSWERS = 6
+WORST_S = 5.0
+"""All slots can be taken for half a second by a case; the rest is for a machine that does something else."""
 
 SUBMIT: dict[str, object] = {"t": "submit", "max_tokens": 4, "prompt": "one two three"}
 
 
 class Honest:
-    """A client that asks for one answer after another, for as long as a case runs."""
+    """A client that asks for one answer after another, for as long as a case runs.
+
+    `quiet_s` is the median time of its first answers, before the case begins; `times_s` are those of the rest.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.num_served = 0
-        self.worst_s = 0.0
+        self.times_s: list[float] = []
+        self.quiet_s = 0.0
         self.failure: BaseException | None = None
 
     def __enter__(self) -> Honest:
         self._thread.start()
+        # The first one has the daemon's and the client's first time in it.
         self.wait_served(1)
+        self.times_s.clear()
+        self.wait_served(QUIET_ANSWERS)
+        self.quiet_s = statistics.median(self.times_s)
+        self.times_s.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,7 +99,7 @@ class Honest:
                     text = "".join(delta.text for delta in handle)
                     done = handle.result(LIMIT_S)
                     assert (done.text, done.finish_reason) == (text, "length")
-                    self.worst_s = max(self.worst_s, time.monotonic() - began_s)
+                    self.times_s.append(time.monotonic() - began_s)
                     self.num_served += 1
         except BaseException as error:
             self.failure = error
@@ -219,6 +235,15 @@ def unknown_names(endpoint: str) -> None:
         assert client.submit("a wish, not an order", max_tokens=1, mode_hint="nowhere").result(LIMIT_S).text
 
 
+def an_id_of_4_mb(endpoint: str) -> None:
+    with Producer(endpoint) as producer:
+        message = {**SUBMIT, "client_request_id": "x" * 4_000_000}
+        producer.send_frames(wire.VERSION, msgspec.msgpack.encode(message))
+        error = expect(producer, "invalid_field")
+        assert "$.client_request_id" in error.message
+        assert len(wire.encode(error)) < 1_000, "the refusal is not as long as what it refuses"
+
+
 # --- requests that repeat, or are not there --------------------------------------------------------------------------
 
 
@@ -258,18 +283,49 @@ def cancels_of_nothing(endpoint: str) -> None:
 
 
 def a_client_that_never_reads(endpoint: str) -> None:
-    hello = wire.Hello(client="deaf", delta_credit=65_536)
-    with Producer(endpoint, hello=hello, rcvhwm=1) as producer:
-        for n in range(40):
-            producer.send(
+    num_streams, num_tokens = 8, 200
+    names = [f"deaf-{n}" for n in range(num_streams)]
+    with Producer(endpoint, hello=wire.Hello(client="deaf", delta_credit=65_536), rcvhwm=1) as deaf:
+        # Answers of some KB each, more than the buffers between the two processes hold: no Delta gets in any more.
+        for _ in range(400):
+            deaf.send(wire.Status())
+        for name in names:
+            deaf.send(
                 wire.Submit(
-                    client_request_id=f"deaf-{time.monotonic_ns()}-{n}",
-                    max_tokens=400,
+                    client_request_id=name,
+                    max_tokens=num_tokens,
                     prompt="x",
                     sampling=wire.SamplingFields(ignore_eos=True),
                 )
             )
-        time.sleep(1.0)
+        with Client(endpoint) as client:
+            until_s = time.monotonic() + LIMIT_S
+            while any(state_of(client, name) != "finished" for name in names):
+                assert time.monotonic() < until_s, "an engine waits for the deaf"
+                time.sleep(0.05)
+            # The session was closed (outbox_full), or every stream was detached; the answers are there either way.
+            deaf.send(wire.Ping(n=99))
+            ends: list[wire.Done] = []
+            while not isinstance(message := deaf.receive(), wire.Pong | wire.Error):
+                if isinstance(message, wire.Done):
+                    ends.append(message)
+            if isinstance(message, wire.Error):
+                assert message.message.startswith(wire.HELLO_FIRST), message
+            else:
+                assert [end.detached for end in ends] == [True] * num_streams
+            ids = [client.cancel(client_request_id=name).request_id for name in names]
+            fetched = client.fetch(ids).items
+            assert {item.client_request_id for item in fetched} == set(names)
+            assert all(isinstance(item, wire.Done) and len(item.token_ids or ()) == num_tokens for item in fetched)
+
+
+def state_of(client: Client, client_request_id: str) -> str:
+    try:
+        return client.state_of(client_request_id=client_request_id).state
+    except RequestError as error:
+        if error.code != "not_found":
+            raise
+        return "not there yet"
 
 
 def a_client_that_vanishes_mid_stream(endpoint: str) -> None:
@@ -341,6 +397,12 @@ CASES: dict[str, Callable[[str], None]] = {
     "no id": refused_field("client_request_id", client_request_id=None),
     "an empty prompt": refused_field("$.prompt", prompt=""),
     "no prompt": refused_field("$.prompt", prompt=None),
+    "token ids beyond the vocabulary": refused_field("4096", prompt=None, prompt_token_ids=[1, 4_096, 2]),
+    "a token id of 2^31 - 1": refused_field("$.prompt_token_ids", prompt=None, prompt_token_ids=[2**31 - 1]),
+    "many token ids, one beyond": refused_field(
+        "$.prompt_token_ids", prompt=None, prompt_token_ids=[1] * 99_999 + [9999]
+    ),
+    "an id of 4 MB": an_id_of_4_mb,
     "two prompts": refused_field("$.prompt", prompt_token_ids=[1]),
     "a prompt longer than the context": too_long_a_prompt,
     "max_tokens above the context": refused("context_overflow", str(CONTEXT_TOKENS), max_tokens=CONTEXT_TOKENS + 1),
@@ -363,8 +425,12 @@ def test_bad_input_has_its_outcome_and_everybody_else_is_served(
 ) -> None:
     with Honest(daemon.endpoint) as honest:
         case(daemon.endpoint)
-        honest.wait_served(2)
-        assert honest.worst_s < 10.0
+        honest.wait_served(QUIET_ANSWERS)
+        times_s = honest.times_s.copy()
+    median_s = statistics.median(times_s)
+    # Its answers come from a fast and a slow engine in turn; a stall of the whole machine shows in the worst only.
+    assert median_s <= 8 * honest.quiet_s + 0.05, f"median {median_s:.3f} s, quiet {honest.quiet_s:.3f} s"
+    assert max(times_s) <= WORST_S, f"one answer took {max(times_s):.1f} s"
     assert honest.failure is None, honest.failure
     assert daemon.process.poll() is None
 
