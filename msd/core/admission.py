@@ -166,6 +166,14 @@ class Admission:
         return least
 
 
+def overflow_message(request: Request, fleet: Fleet) -> str:
+    lengths = ", ".join(f"{book.mode.name} {book.max_model_len}" for book in fleet.books if book.max_model_len)
+    return (
+        f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.max_tokens}: together "
+        f"{request.num_prompt_tokens + request.max_tokens}; longest contexts: {lengths}"
+    )
+
+
 def _nearest(name: str, names: frozenset[str] | list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(names))}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msd.config import EngineConfig
 from msd.core.estimator import ModeEstimate
 from msd.domain import EngineInfo, EngineLoad, Mode
 
@@ -147,3 +148,25 @@ class Fleet:
             self.free |= 1 << i
         else:
             self.free &= ~(1 << i)
+
+
+def mode_of(engine: EngineConfig) -> Mode:
+    """The mode that an engine of one variant is."""
+    return Mode(
+        name=engine.name,
+        engine=engine.name,
+        model=engine.model,
+        precision=engine.precision,
+        speculation=engine.speculation,
+        prefix_caching=engine.prefix_caching,
+        simulated=engine.kind != "vllm",
+        quality=engine.quality,
+    )
+
+
+def longest_context(engine: EngineConfig) -> int | None:
+    """Longest prompt plus output, where the configuration tells it before the engine does."""
+    if engine.kind == "sim":
+        return engine.sim.max_model_len
+    stated = engine.args.get("max_model_len")
+    return stated if isinstance(stated, int) else None

@@ -16,18 +16,19 @@ from typing import Literal, assert_never
 
 from msgspec import structs
 
-from msd.config import Config, EnergyConfig, EngineConfig, LimitsConfig
+from msd.config import Config, EnergyConfig, LimitsConfig
 from msd.core import commands as c
 from msd.core import events as e
-from msd.core.admission import Admission
+from msd.core.admission import Admission, overflow_message
 from msd.core.commands import Command
 from msd.core.entry import Entry, Phase
 from msd.core.events import Event
 from msd.core.features import Arrivals, extract
-from msd.core.fleet import Fleet
+from msd.core.fleet import Fleet, longest_context, mode_of
 from msd.core.ledger import Account, Ledger, WasteReason
 from msd.core.lengths import LengthLearner
 from msd.core.queue import FairQueue
+from msd.core.reward import slo_met
 from msd.core.router import Router
 from msd.domain import (
     Candidate,
@@ -397,7 +398,7 @@ class Scheduler:
                 entry.eligible &= ~(1 << i)
         if not entry.eligible:
             self._withdraw(entry)
-            self._end(entry, t_us, "context_overflow", _overflow_message(entry.request, self.fleet))
+            self._end(entry, t_us, "context_overflow", overflow_message(entry.request, self.fleet))
             return True
         if entry.eligible & self.fleet.free:
             return False
@@ -514,7 +515,7 @@ class Scheduler:
             e2el_ms=e2el_ms,
             num_completion_tokens=num_tokens,
             energy=None,
-            slo_met=_slo_met(request, user_ttft_ms, tpot_ms, e2el_ms),
+            slo_met=slo_met(request, user_ttft_ms, tpot_ms, e2el_ms),
         )
         if not energy_follows:
             self._router.policy.update(decision, observation)
@@ -694,45 +695,3 @@ class Scheduler:
 def _start_of(engine: str) -> str:
     """The ledger's owner of an engine's start."""
     return f"start of {engine}"
-
-
-def mode_of(engine: EngineConfig) -> Mode:
-    """The mode that an engine of one variant is."""
-    return Mode(
-        name=engine.name,
-        engine=engine.name,
-        model=engine.model,
-        precision=engine.precision,
-        speculation=engine.speculation,
-        prefix_caching=engine.prefix_caching,
-        simulated=engine.kind != "vllm",
-        quality=engine.quality,
-    )
-
-
-def longest_context(engine: EngineConfig) -> int | None:
-    """Longest prompt plus output, where the configuration tells it before the engine does."""
-    if engine.kind == "sim":
-        return engine.sim.max_model_len
-    stated = engine.args.get("max_model_len")
-    return stated if isinstance(stated, int) else None
-
-
-def _overflow_message(request: Request, fleet: Fleet) -> str:
-    lengths = ", ".join(f"{book.mode.name} {book.max_model_len}" for book in fleet.books if book.max_model_len)
-    return (
-        f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.max_tokens}: together "
-        f"{request.num_prompt_tokens + request.max_tokens}; longest contexts: {lengths}"
-    )
-
-
-def _slo_met(request: Request, ttft_ms: float, tpot_ms: float, e2el_ms: float) -> bool | None:
-    """Whether every bound that the producer gave was kept; None when it gave none."""
-    slo = request.slo
-    if slo.ttft_ms is None and slo.tpot_ms is None and slo.deadline_ms is None:
-        return None
-    return (
-        (slo.ttft_ms is None or ttft_ms <= slo.ttft_ms)
-        and (slo.tpot_ms is None or tpot_ms <= slo.tpot_ms)
-        and (slo.deadline_ms is None or e2el_ms <= slo.deadline_ms)
-    )
