@@ -10,6 +10,7 @@ import asyncio
 import os
 import select
 import struct
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -113,6 +114,9 @@ class ZmqIngress:
         self._zap.linger = 0
         self._zap.bind(ZAP_ENDPOINT)
         self._router = self._context.socket(zmq.ROUTER)
+        # Without the layer for tracked and routed frames, which costs more than the send itself; nine or twelve frames
+        # go out per request.
+        self._send: Callable[[bytes, int], object] = super(zmq.Socket, self._router).send
         try:
             self._set_options()
             self.endpoints = tuple(self._bind(address, secret_key) for address in addresses)
@@ -312,12 +316,12 @@ class ZmqIngress:
         """Try to send one message, never wait."""
         if not self._open:
             return Delivery.GONE
-        router = self._router
+        send = self._send
         try:
             # Only the first frame can fail: it finds the peer's pipe, and its room.
-            router.send(identity, _MORE)
-            router.send(VERSION, _MORE)
-            router.send(payload, _NOBLOCK)
+            send(identity, _MORE)
+            send(VERSION, _MORE)
+            send(payload, _NOBLOCK)
             self.num_sent += 1
             return Delivery.SENT
         except zmq.Again:
