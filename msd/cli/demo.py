@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -96,6 +97,7 @@ def _perform(
     # The configuration names neither: a private socket and log folder, whatever else runs on this machine.
     environ = {**os.environ, "MSD_ENDPOINT": endpoint, "RUNTIME_DIRECTORY": str(folder)}
     report_file = folder / "report.json"
+    plan = _draw_plan(options, folder)
     if any(engine.kind != "vllm" for engine in config.engine):
         live.say(terminal.paint(demo_report.SIMULATED, "yellow"))
     with Children() as children:
@@ -107,10 +109,7 @@ def _perform(
             live.say(f"2. starting {len(config.engine)} engines, one after another")
             _await_engines(live, daemon, client)
             live.say(f"3. firing {options.duration_s:g} s of bursty load over ZeroMQ: loadgen {options.load}")
-            fire = ["-m", "loadgen", "run", options.load, "--target", f"msd+{endpoint}"]
-            fire += ["--duration-s", str(options.duration_s), "--json-out", str(report_file)]
-            if options.rate is not None:
-                fire += ["--rate", str(options.rate)]
+            fire = ["-m", "loadgen", "run", str(plan), "--target", f"msd+{endpoint}", "--json-out", str(report_file)]
             load = children.start("load generator", fire, folder / "loadgen.log", environ)
             _await_load(live, daemon, load, client, options.duration_s)
             time.sleep(SETTLE_S)
@@ -119,6 +118,19 @@ def _perform(
         daemon.stop(config.daemon.drain_s + STOP_GRACE_S)
     report = demo_report.decode(report_file.read_bytes())
     return demo_report.Result(report=report, status=status, config=str(file), folder=str(folder))
+
+
+def _draw_plan(options: argparse.Namespace, folder: Path) -> Path:
+    """The load, drawn before anything starts: a mistake in it is told at once. Raises ConfigError."""
+    plan = folder / "plan.jsonl.gz"
+    draw = [sys.executable, "-m", "loadgen", "plan", options.load, "-o", str(plan)]
+    draw += ["--duration-s", str(options.duration_s)]
+    if options.rate is not None:
+        draw += ["--rate", str(options.rate)]
+    drawn = subprocess.run(draw, capture_output=True, text=True, check=False)
+    if drawn.returncode:
+        raise ConfigError(f"the load cannot be planned: {drawn.stderr.strip()}", remedy="loadgen presets lists some")
+    return plan
 
 
 def _configuration(options: argparse.Namespace) -> tuple[Path, settings.Config]:

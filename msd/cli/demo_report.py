@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -161,18 +163,25 @@ def _footnotes(result: Result) -> list[str]:
             f"energy: {DASH}  nothing measured it: msd found no energy counter that it may read on this machine"
         )
     if not report.valid:
-        lines.append(paint(f"loadgen would not quote these figures: {'; '.join(report.reasons)}", "yellow"))
+        lines.append(paint(f"do not quote these latencies: {'; '.join(report.reasons)}", "yellow"))
+        lines.append(
+            "  The load generator found no free core in time, so its own lateness is in the figures; nothing is wrong\n"
+            "  with the answers. Run the demo with less beside it, or with a lower --rate."
+        )
     return lines
 
 
 def _what_next(result: Result) -> list[str]:
+    # As the reader typed it: `msd` alone is on the path only inside an activated environment.
+    msd = sys.argv[0] if Path(sys.argv[0]).name == "msd" else f"{sys.executable} -m msd"
     return [
         paint("Files", "bold") + f"  {result.folder}: report.json, daemon.log, loadgen.log, the engines' logs",
         f"       configuration {result.config}",
         paint("Next", "bold")
-        + "   msd demo --rate 40                  more load: queueing, and another share of modes",
-        "       msd serve --config config.toml      a daemon of your own; then, in another terminal:",
-        "       msd status --watch                  its engines, queue and energy",
-        '       msd send "sort kdwa="               one answer, streamed',
+        + f"   {msd} demo --rate 40                  more load: queueing, and another share of modes",
+        f"       {msd} serve --config config.toml      a daemon of your own; then, in another terminal:",
+        f"       {msd} status --watch                  its engines, queue and energy",
+        f'       {msd} send "sort kdwa="               one answer, streamed',
         "       docs/tutorial.md                    from here to a producer script of your own",
+        "       docs/glossary.md                    TTFT, TPOT, E2EL and the other words",
     ]

@@ -12,7 +12,7 @@ import msgspec
 from msd.cli import terminal
 from msd.cli.options import Commands, add_endpoint, add_json, count, positive
 from msd.cli.terminal import number, paint
-from msd.errors import EXIT_NO, EXIT_OK
+from msd.errors import EXIT_NO, EXIT_OK, EXIT_USAGE
 from msd.wire import Done, EnergyFields, ModeHint, SamplingFields, SloFields
 
 if TYPE_CHECKING:
@@ -55,8 +55,12 @@ def run(options: argparse.Namespace) -> int:
     from msd.client import AnswerTimeoutError, Client, RequestError
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not _is_text(prompt):
+        terminal.complain("the prompt is not UTF-8")
+        return EXIT_USAGE
     try:
-        with Client(options.endpoint) as client:
+        # Somebody watches: a refusal is worth more than a silent second try, whatever the wire calls retryable.
+        with Client(options.endpoint, retry_s=0) as client:
             return answer(client.submit(prompt, max_tokens=options.max_tokens, **fields_of(options)), options)
     except (RequestError, AnswerTimeoutError) as error:
         if options.json:
@@ -65,6 +69,15 @@ def run(options: argparse.Namespace) -> int:
         else:
             terminal.complain(str(error))
         return EXIT_NO
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether it can be sent: bytes of stdin that are no UTF-8 arrive as lone surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fields_of(options: argparse.Namespace) -> SubmitFields:

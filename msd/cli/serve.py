@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from msd import config as settings
 from msd.cli.options import Commands, add_config, load_config
@@ -26,4 +28,11 @@ def run(options: argparse.Namespace) -> int:
     # Late: the daemon brings the event loop, the sockets and, if the configuration says so, vLLM.
     from msd.daemon import serve
 
-    return serve(config, file.parent)
+    code = serve(config, file.parent)
+    if "vllm" in sys.modules:
+        # Everything is closed and flushed. What is left is the interpreter's own teardown, in which extension modules
+        # that vLLM brings complain over some fifty lines about objects that nobody will need any more.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

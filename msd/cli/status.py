@@ -176,7 +176,7 @@ def energy_lines(ledger: LedgerReport) -> list[str]:
     parts += [(f"wasted: {reason}", energy_mj) for reason, energy_mj in ledger.wasted_mj.items()]
     parts += [("idle", ledger.idle_mj)]
     parts += [(f"unattributed: {reason}", energy_mj) for reason, energy_mj in ledger.unattributed_mj.items()]
-    parts += [("still running", ledger.running_mj), ("not shared out yet", ledger.open_mj)]
+    parts += [("under way, starts too", ledger.running_mj), ("not shared out yet", ledger.open_mj)]
     if ledger.residue_mj:
         parts.append(("lost in the ledger", ledger.residue_mj))
     total_mj = ledger.counter_mj + ledger.estimated_mj

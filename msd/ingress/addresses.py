@@ -110,8 +110,7 @@ def make_room(address: Address) -> None:
     folder = os.path.dirname(path)
     try:
         if not os.path.isdir(folder):
-            os.makedirs(os.path.dirname(folder), exist_ok=True)
-            os.mkdir(folder)
+            os.mkdir(folder)  # not its parents: a mistyped path must not grow folders at the root
             os.chmod(folder, FOLDER_MODE)
         if not os.path.lexists(path):
             return

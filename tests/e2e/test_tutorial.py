@@ -14,8 +14,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 TUTORIAL = (REPOSITORY / "docs" / "tutorial.md").read_text()
-SHELL = re.findall(r"```sh\n(.*?)```", TUTORIAL, re.DOTALL)
-PRODUCER = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
+SHELL: list[str] = re.findall(r"```sh\n(.*?)```", TUTORIAL, re.DOTALL)
+PRODUCER: list[str] = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
 
 
 def as_here(command: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 
 from msd.config import EngineConfig
@@ -144,7 +144,7 @@ def outside_listeners(pids: list[int]) -> list[str]:
     found = []
     for pid in pids:
         for connection in psutil.Process(pid).net_connections(kind="inet"):
-            address = connection.laddr[0] if connection.laddr else ""
+            address = str(connection.laddr[0])
             if connection.status == psutil.CONN_LISTEN and not address.startswith("127.") and address != "::1":
                 found.append(f"{pid} on {connection.laddr}")
     return found
