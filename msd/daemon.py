@@ -99,11 +99,13 @@ class Daemon:
         loop.set_exception_handler(partial(_on_loop_exception, crash))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        logs_folder = run_dir(config)
+        logs_folder = None
         if any(engine.kind == "vllm" for engine in config.engine):
             from msd.engine.vllm import import_vllm
 
-            _log.info("vllm_import", why="it would hold the loop later")
+            logs_folder = run_dir(config)
+            # Before the socket is bound: an import in a thread would hold the loop for up to 0.3 s at a time.
+            _log.info("importing_vllm", takes="5 to 15 s; then the socket is bound", engine_logs=str(logs_folder))
             import_vllm()
         gpu = self._simulated_gpu()
         journal = MemoryJournal(config.journal, self._clock)
@@ -269,7 +271,7 @@ class Daemon:
             found[model.name] = tokens.load_tokenizer(self._base_dir / folder) if folder else tokens.SimTokenizer()
         return found
 
-    def _factory(self, engine: EngineConfig, gpu: SimGpu | None, logs_folder: Path) -> Callable[[], Engine]:
+    def _factory(self, engine: EngineConfig, gpu: SimGpu | None, logs_folder: Path | None) -> Callable[[], Engine]:
         match engine.kind:
             case "noop":
                 return lambda: NoopEngine(engine)
@@ -281,6 +283,7 @@ class Daemon:
             case "vllm":
                 from msd.engine.vllm import VllmEngine
 
+                assert logs_folder is not None, "a vLLM engine needs a folder for its log"
                 model = next(model for model in self._config.model if model.name == engine.model)
                 return lambda: VllmEngine(engine, self._base_dir / model.path, self._base_dir, logs_folder)
 
