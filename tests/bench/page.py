@@ -37,8 +37,8 @@ def render(results: list[Result]) -> str:
         "Each is the median of its repeats unless its name says otherwise, with their interquartile range beside it; a",
         "missed bar stands as a miss. Figures depend on what else the machine did: what others kept busy just before a",
         "target began is named with it.",
-        "Absolute figures belong to the machine that is named; ratios travel better. What was tried about the misses, and",
-        "where the time goes: [misses.md](../explanation/misses.md).",
+        "Absolute figures belong to the machine that is named; ratios travel better. What was tried about the misses,",
+        "and where the time goes: [misses.md](../explanation/misses.md).",
         "",
     ]
     for result in results:
