@@ -43,7 +43,9 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=dict(environ),
-                start_new_session=True,
+                # Not a session of its own: under Linux's autogroup each session is a scheduling group, nice counts only
+                # within one, and CPU engines, which spin on sched_yield, starved loadgen in its own for up to 1 s.
+                process_group=0,
                 preexec_fn=_end_with_parent() if tied else None,  # noqa: PLW1509 - no other thread, see above
             )
 
