@@ -82,6 +82,14 @@ sim: setup ## one seeded world in virtual time: invariants and a digest (ARGS='-
 bench: setup testbed ## measure every figure with a bar; tables here, JSON in build/bench
 	@$(PY) -m tests.bench $(ARGS)
 
+.PHONY: bench-modeswitch
+bench-modeswitch: setup testbed ## measure every figure of the mode switch (docs/reference/modeswitch.md)
+	@$(PY) -m tests.bench --suite modeswitch $(ARGS)
+
+.PHONY: bench-energy
+bench-energy: setup ## measure the energy ledger alone
+	@$(PY) -m tests.bench energy $(ARGS)
+
 .PHONY: docs
 docs: setup ## write the config reference and the performance page anew
 	@$(PY) -m msd.config --write-docs docs/reference/config.md

@@ -117,6 +117,12 @@ class Dispatcher:
                 self.egress.deliver(command.request_id, command.seq)
             case c.Settle():
                 self.journal.settle(command.request_id, command.energy)
+            case c.Observe():
+                pass  # TODO(decision log)
+            case c.Shadow():
+                pass  # TODO(gate)
+            case c.Transit():
+                pass  # TODO(residency)
             case c.Reject():
                 self._staged.pop(command.request_id, None)
                 self.egress.reject(command.request_id, command.error_code, command.message, command.retry_after_ms)

@@ -17,6 +17,8 @@ EnergySource = Literal["counter", "estimated", "simulated"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 Speculation = Literal["none", "ngram", "draft"]
 RequestState = Literal["waiting", "running", "finished"]
+Residence = Literal["resident", "asleep", "cold"]
+"""Where an engine's weights are: on the GPU, in host memory, or nowhere (the process is not running)."""
 
 
 class Slo(Struct, frozen=True, kw_only=True):
@@ -69,6 +71,8 @@ class Request(Struct, frozen=True, kw_only=True):
     prefix_id: str | None = None
     ignore_eos: bool = False
     stream: bool = True
+    prefix_hashes: tuple[int, ...] = ()
+    """Chained hashes of the prompt's full blocks of tokens, first block first (msd/core/prefixes.py)."""
 
 
 class Prompt(Struct, frozen=True, kw_only=True):
@@ -152,12 +156,14 @@ class Mask(IntFlag):
     MEMORY = 32
     SLOTS = 64
     DEADLINE = 128
+    ASLEEP = 256
 
 
 class Features(Struct, frozen=True):
     """What is known of a request before its first token (docs/explanation/architecture.md, step 4).
 
     Tokens are counts, `arrival_cv` is the coefficient of variation of recent gaps between arrivals (1 = Poisson).
+    `shared_prefix`: the producer names one, or some engine's cache likely holds its first blocks.
     """
 
     num_prompt_tokens: int
@@ -173,6 +179,14 @@ class Features(Struct, frozen=True):
     waited_us: int
     slack_us: int | None
     view_age_us: int | None
+    num_expected_tokens_p90: int = 0
+    arrivals_per_s: float = 0.0
+    power_headroom_w: float | None = None
+    """Power limit less present power; None where the GPU view knows neither."""
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
+    session_arm: int = -1
+    """The candidate that served this session last: its prefix cache is warm. -1: none."""
 
 
 class Candidate(Struct, frozen=True):
@@ -184,8 +198,15 @@ class Candidate(Struct, frozen=True):
     tpot_ms: float
     e2el_ms: float
     energy_mj: int | None
+    """Marginal: what choosing it adds, not its later share of the box's idle power."""
     num_running: int
     num_free_slots: int
+    queue_ms: float = 0.0
+    """Expected wait for a slot; part of `ttft_ms` and `e2el_ms`."""
+    delay_ms: float = 0.0
+    """What it adds to the E2EL of the requests that run beside it, summed over them."""
+    num_cached_tokens: int = 0
+    """Of its prompt, likely in this mode's prefix cache."""
 
 
 class Choice(Struct, frozen=True):
@@ -274,6 +295,7 @@ class Observation(Struct, frozen=True, kw_only=True):
     num_completion_tokens: int
     energy: Energy | None
     slo_met: bool | None
+    num_cached_tokens: int = 0
 
 
 class ExitKind(IntEnum):

@@ -20,9 +20,10 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Weight = Annotated[int, Meta(ge=1, le=1_000)]
 Milliseconds = Annotated[float, Meta(ge=0, le=10_000)]
 Millijoules = Annotated[float, Meta(ge=0, le=1e7)]
+Ratio = Annotated[float, Meta(ge=0, le=1e6)]
 Watts = Annotated[float, Meta(ge=0, le=10_000)]
 
-POLICY_NAMES: Final = ("fixed", "round_robin", "rules")
+POLICY_NAMES: Final = ("fixed", "random", "round_robin", "rules", "cost")
 """What `policy.name` may be. The policies themselves are above this layer; a test holds the two lists together."""
 
 
@@ -45,6 +46,13 @@ class DaemonConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str,
         Meta(
             description="Folder of engine logs. Empty: `$RUNTIME_DIRECTORY`, `$XDG_RUNTIME_DIR/msd` or a temporary one."
+        ),
+    ] = ""
+    state_dir: Annotated[
+        str,
+        Meta(
+            description="Folder of what outlives the process (the decision log). Empty: `$STATE_DIRECTORY`, "
+            "`$XDG_STATE_HOME/msd` or `~/.local/state/msd`."
         ),
     ] = ""
 
@@ -85,10 +93,17 @@ class ZmqIngressConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
 
 
+class HttpIngressConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP socket: `/metrics` for Prometheus and `/health`; loopback unless you say otherwise."""
+
+    listen: Annotated[str, Meta(description="`host:port`, for example `127.0.0.1:9464`. Empty: no HTTP socket.")] = ""
+
+
 class IngressConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The front doors."""
 
     zmq: Annotated[ZmqIngressConfig, Meta(description="ZeroMQ.")] = ZmqIngressConfig()
+    http: Annotated[HttpIngressConfig, Meta(description="HTTP.")] = HttpIngressConfig()
 
 
 class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -187,6 +202,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     name: Annotated[Name, Meta(description="Name of the engine and of its mode.")]
     model: Annotated[Name, Meta(description="The `[[model]]` that it serves.")]
+    preset: Annotated[
+        str,
+        Meta(
+            description="A recipe by name, such as `int8_w8a8` (`msd modes` lists them): sets precision, speculation, "
+            "caching and `args`; what stands beside it wins. Empty: none."
+        ),
+    ] = ""
     kind: Annotated[
         Literal["vllm", "sim", "noop"],
         Meta(description="`vllm`: real. `sim`: simulated, and labelled so. `noop`: answers at once, for benchmarks."),
@@ -211,6 +233,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Share | None,
         Meta(description="Known exact-match accuracy; requests with a higher `quality_floor` are not sent here."),
     ] = None
+    residency: Annotated[
+        Literal["always", "auto"],
+        Meta(description="`always`: stays on the GPU. `auto`: msd may put it to sleep or stop it, and bring it back."),
+    ] = "always"
+    gpu_bytes: Annotated[
+        Bytes,
+        Meta(description="GPU memory it takes (weights, graphs, KV cache), as measured. 0: from the profile, if any."),
+    ] = 0
     args: Annotated[dict[str, object], Meta(description="Further AsyncEngineArgs, by vLLM's names.")] = {}
     env: Annotated[dict[str, str], Meta(description="Environment of this engine's processes.")] = {}
     start_timeout_s: Annotated[Seconds, Meta(description="A start that takes longer has failed.")] = 600.0
@@ -232,12 +262,104 @@ class RulesConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     long_prompt_tokens: Annotated[Count, Meta(description="Rule 9: a prompt of at least this.")] = 768
 
 
+class CostConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `cost` minimises: predicted latency, energy and SLO misses of a request and of those beside it."""
+
+    latency_weight: Annotated[Ratio, Meta(description="Cost of a second of E2EL.")] = 1.0
+    energy_weight: Annotated[
+        Ratio, Meta(description="Cost of a kilojoule. 0: energy only breaks ties (where it is known).")
+    ] = 1.0
+    slo_weight: Annotated[
+        Ratio, Meta(description="Cost of each second by which an SLO or deadline is missed, beside its latency.")
+    ] = 10.0
+    tie: Annotated[
+        Share, Meta(description="Costs this close are equal; then the session's own mode, or the emptier one.")
+    ] = 0.02
+    energy_ratio_max: Annotated[
+        Ratio,
+        Meta(description="A mode may cost at most this many times the reference mode's energy. 0: no bound."),
+    ] = 0.0
+
+
+class LearnedConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A router that `msd train-router` has trained."""
+
+    file: Annotated[str, Meta(description="The trained router (JSON), relative to the configuration file.")] = ""
+
+
 class PolicyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which mode serves a request."""
 
-    name: Annotated[str, Meta(description=f"One of {', '.join(f'`{name}`' for name in POLICY_NAMES)}.")] = "rules"
+    name: Annotated[str, Meta(description=f"One of {', '.join(f'`{name}`' for name in POLICY_NAMES)}.")] = "cost"
     mode: Annotated[str, Meta(description="For `fixed`: the mode. Empty: that of the first engine.")] = ""
+    profile: Annotated[
+        str,
+        Meta(
+            description="Profile of this host that `msd profile` wrote: first estimates of every mode. Empty: each "
+            "engine's own warm-up."
+        ),
+    ] = ""
     rules: Annotated[RulesConfig, Meta(description="For `rules`.")] = RulesConfig()
+    cost: Annotated[CostConfig, Meta(description="For `cost`.")] = CostConfig()
+    learned: Annotated[LearnedConfig, Meta(description="For `learned`.")] = LearnedConfig()
+
+
+class QualityConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which modes may serve which task: the gate file, and how it is watched in production."""
+
+    gate: Annotated[
+        str,
+        Meta(
+            description="Gate file that `msd gate` wrote, relative to the configuration file. Empty: none, and only "
+            "lossless modes of real engines are used."
+        ),
+    ] = ""
+    ungated: Annotated[
+        Literal["mask", "allow"],
+        Meta(description="Modes that have not passed the gate: never use them, or use them at your own risk."),
+    ] = "mask"
+    all_masked: Annotated[
+        Literal["error", "reference"],
+        Meta(description="When quality forbids every mode: refuse the request, or serve it on the reference mode."),
+    ] = "error"
+    reference: Annotated[
+        str, Meta(description="The mode that others are compared with. Empty: the first lossless one of the model.")
+    ] = ""
+    delta: Annotated[
+        Annotated[float, Meta(gt=0, le=0.5)],
+        Meta(description="Largest loss of accuracy against the reference mode that passes."),
+    ] = 0.015
+    alpha: Annotated[
+        Annotated[float, Meta(gt=0, le=0.5)],
+        Meta(description="Probability with which a mode may be judged wrongly."),
+    ] = 0.05
+    shadow_share: Annotated[
+        Share,
+        Meta(description="Share of requests that also run on the reference mode, when it is idle. 0: none."),
+    ] = 0.01
+
+
+class ResidencyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which engines with `residency = "auto"` are on the GPU, asleep or cold; and how reluctantly that changes."""
+
+    plan_interval_s: Annotated[Seconds, Meta(description="How often the plan is made anew.")] = 5.0
+    min_dwell_s: Annotated[Seconds, Meta(description="A set of resident engines stays at least this long.")] = 30.0
+    hysteresis: Annotated[
+        Annotated[float, Meta(ge=1, le=100)],
+        Meta(description="A switch must gain at least this many times its cost."),
+    ] = 1.5
+    horizon_s: Annotated[Seconds, Meta(description="Longest time over which a switch may earn its cost.")] = 300.0
+    drain_s: Annotated[
+        Seconds,
+        Meta(description="Requests of an engine that leaves may finish for this long, then are re-routed."),
+    ] = 10.0
+    reserve_bytes: Annotated[Bytes, Meta(description="GPU memory that stays free.")] = 1_000_000_000
+    max_asleep_bytes: Annotated[
+        Bytes, Meta(description="Host memory for the weights of engines that sleep; beyond it they are stopped.")
+    ] = 64_000_000_000
+    sleep_level: Annotated[
+        Literal[1, 2], Meta(description="vLLM's: 1 keeps the weights in host memory, 2 discards them.")
+    ] = 1
 
 
 class EnergyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -268,6 +390,12 @@ class TelemetryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Annotated[int, Meta(ge=1, le=10**13)], Meta(description="Memory of the simulated GPU.")
     ] = 80_000_000_000
     sim_idle_w: Annotated[Watts, Meta(description="Idle power of the simulated GPU.")] = 75.0
+    decision_log: Annotated[
+        bool, Meta(description="Keep every decision and what came of it on disk, for `msd explain` and `msd replay`.")
+    ] = True
+    decision_log_bytes: Annotated[
+        Annotated[int, Meta(ge=65_536, le=10**12)], Meta(description="The oldest part of the log goes beyond this.")
+    ] = 256 * 1024 * 1024
 
 
 class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -296,6 +424,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: Annotated[tuple[ModelConfig, ...], Meta(max_length=64)] = ()
     engine: Annotated[tuple[EngineConfig, ...], Meta(max_length=64)] = ()
     policy: PolicyConfig = PolicyConfig()
+    quality: QualityConfig = QualityConfig()
+    residency: ResidencyConfig = ResidencyConfig()
     energy: EnergyConfig = EnergyConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     journal: JournalConfig = JournalConfig()

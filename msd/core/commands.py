@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from msd.domain import Decision, Energy, Outcome
+from msd.domain import Decision, Energy, Observation, Outcome, Residence
 from msd.wire import ErrorCode
 
 
@@ -82,4 +82,48 @@ class Settle(Struct, frozen=True):
     energy: Energy
 
 
-Command = Reject | Append | Ack | AckDuplicate | Dispatch | Restart | Abort | Complete | Deliver | Settle
+class Observe(Struct, frozen=True):
+    """Tell the decision log what came of a decision; once per decision that ended in an answer."""
+
+    decision: Decision
+    observation: Observation
+
+
+class Shadow(Struct, frozen=True):
+    """Run a finished request once more on the reference mode, compare the answers; answer QualityJudged.
+
+    Comes before the request's Complete, while its prompt can still be read. Costs the producer nothing.
+    """
+
+    shadow_id: str
+    request_id: str
+    mode: str
+    """The mode that served it, and is on trial."""
+    reference_mode: str
+    reference_engine: str
+    task: str
+    max_tokens: int
+
+
+class Transit(Struct, frozen=True):
+    """Bring an engine to another residence; answered by EngineUp, EngineAsleep or EngineLost."""
+
+    engine: str
+    to: Residence
+
+
+Command = (
+    Reject
+    | Append
+    | Ack
+    | AckDuplicate
+    | Dispatch
+    | Restart
+    | Abort
+    | Complete
+    | Deliver
+    | Settle
+    | Observe
+    | Shadow
+    | Transit
+)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from msd.domain import CounterReading, EngineInfo, EngineLoad, ExitKind, FinishReason, GpuView, Request
+from msd.core.energy_domain import Coefficients
+from msd.domain import CounterReading, EngineInfo, EngineLoad, ExitKind, FinishReason, GpuView, Request, Residence
 from msd.wire import ErrorCode
 
 
@@ -149,6 +150,34 @@ class ViewTaken(Struct, frozen=True):
     view: GpuView
 
 
+class EngineAsleep(Struct, frozen=True):
+    """An engine left the GPU on purpose: asleep (its weights in host memory) or cold (stopped)."""
+
+    t_us: int
+    engine: str
+    residence: Residence
+    took_s: float
+
+
+class CoefficientsFitted(Struct, frozen=True):
+    """The energy model was fitted anew from closed intervals (learning/energy_model.py)."""
+
+    t_us: int
+    coefficients: dict[str, Coefficients]
+    """By mode; only those that the intervals could identify."""
+
+
+class QualityJudged(Struct, frozen=True):
+    """A shadow run ended. `difference`: score on trial less the reference's, -1..1; None: it came to nothing."""
+
+    t_us: int
+    shadow_id: str
+    mode: str
+    task: str
+    difference: float | None
+    num_tokens: int = 0
+
+
 class Draining(Struct, frozen=True):
     """The daemon stops: no new work; running attempts may go on until `until_us`."""
 
@@ -180,6 +209,9 @@ Event = (
     | EngineStepped
     | CounterRead
     | ViewTaken
+    | EngineAsleep
+    | CoefficientsFitted
+    | QualityJudged
     | Draining
     | Tick
 )

@@ -195,6 +195,10 @@ class Ledger:
             unsettled.popleft()
         return answers
 
+    def fitted(self, coefficients: Mapping[str, Coefficients]) -> None:
+        """The energy model was fitted anew: intervals split from now on go by it."""
+        self._coefficients.update(coefficients)
+
     def expire(self, t_us: int) -> list[tuple[str, Energy]]:
         """Give up ended requests whose counter is stuck or gone; theirs stays `settled=False`. Call each second."""
         answers: list[tuple[str, Energy]] = []

@@ -14,8 +14,6 @@ from heapq import heapify, heappop, heappush
 from random import Random
 from typing import Literal, assert_never
 
-from msgspec import structs
-
 from msd.config import Config, EnergyConfig, LimitsConfig
 from msd.core import commands as c
 from msd.core import events as e
@@ -24,11 +22,10 @@ from msd.core.commands import Command
 from msd.core.entry import Entry, Phase
 from msd.core.events import Event
 from msd.core.features import Arrivals, extract
+from msd.core.feedback import Feedback
 from msd.core.fleet import Fleet, longest_context, mode_of
 from msd.core.ledger import Account, Ledger, WasteReason
-from msd.core.lengths import LengthLearner
 from msd.core.queue import FairQueue
-from msd.core.reward import slo_met
 from msd.core.router import Router
 from msd.domain import (
     Candidate,
@@ -38,13 +35,14 @@ from msd.domain import (
     GpuView,
     Mask,
     Mode,
-    Observation,
     Outcome,
     Request,
     Timings,
 )
+from msd.gate import GateFile
 from msd.policy import make_policy
 from msd.ports import Policy
+from msd.profile import Profile
 from msd.wire import ErrorCode
 
 _DECISIONS_PER_EVENT = 64
@@ -53,7 +51,6 @@ _PASSED_AT_MOST = 16
 """Changes of the fleet during which others may pass a request that memory holds back; then they wait behind it."""
 _EXPIRED_PER_EVENT = 1_000
 _DUPLICATES_PER_REQUEST = 64
-_UNSETTLED_KEPT = 4_096
 _STALE_DEADLINES_ALLOWED = 1_024
 _STORE_FULL = "results of this tenant that nobody has fetched fill journal.max_result_bytes; fetch and acknowledge them"
 _DRAINING = "the daemon is stopping; submit again when it is back"
@@ -100,13 +97,12 @@ class Scheduler:
         """Refusals and failures by error code."""
         self.idle_with_backlog_us = 0
         self._router = Router(self.fleet, make_policy([mode for mode, _, _ in modes]), rng)
-        self._lengths = LengthLearner()
+        self._feedback = Feedback(self.fleet, self._router)
         self._arrivals = Arrivals()
         self._view: GpuView | None = None
         self._open: dict[str, Entry] = {}
         self._by_key: dict[tuple[str, str], Entry] = {}
         self._deadlines: list[tuple[int, int, Entry]] = []
-        self._unsettled: dict[str, tuple[Decision, Observation, int]] = {}
         self._num_repeats = 0
         self._next_seq = 1
         self._drain_until_us: int | None = None
@@ -114,7 +110,9 @@ class Scheduler:
         self._out: list[Command] = []
 
     @classmethod
-    def from_config(cls, config: Config, rng: Random) -> Scheduler:
+    def from_config(
+        cls, config: Config, rng: Random, *, gate: GateFile | None = None, profile: Profile | None = None
+    ) -> Scheduler:
         """A scheduler over the engines of `config`, each a mode. Raises ConfigError for an unknown policy or mode."""
         modes = [(mode_of(engine), engine.max_num_seqs, longest_context(engine)) for engine in config.engine]
         weights = {tenant.name: tenant.weight for tenant in config.tenant}
@@ -202,6 +200,12 @@ class Scheduler:
                 self._on_append_failed(event)
             case e.Recovered():
                 self._on_recovered(event)
+            case e.CoefficientsFitted():
+                self.ledger.fitted(event.coefficients)
+            case e.QualityJudged():
+                pass  # TODO(gate)
+            case e.EngineAsleep():
+                pass  # TODO(residency)
             case e.Draining():
                 self._drain_until_us = event.until_us
                 self._on_tick(event.t_us)
@@ -256,8 +260,7 @@ class Scheduler:
 
     def _admit(self, request: Request, static: tuple[tuple[int, ...], int]) -> Entry:
         entry = Entry(request, *static)
-        entry.length_class = self._lengths.classify(request)
-        entry.expected_tokens = self._lengths.expect(request, entry.length_class)
+        self._feedback.expect_length(entry)
         self._open[request.request_id] = entry
         self._by_key[(request.tenant, request.client_request_id)] = entry
         self.admission.reserve(entry)
@@ -445,7 +448,7 @@ class Scheduler:
         t_us, num_tokens = event.t_us, event.num_completion_tokens
         if event.finish_reason != "abort":
             energy = self._vacate(entry, t_us, num_tokens)
-            self._learn(entry, t_us, event, energy is not None)
+            self._feedback.finished(entry, t_us, event.finish_reason, num_tokens, energy is not None, self._out)
             self._complete(entry, t_us, event.finish_reason, num_tokens, energy)
         else:
             energy = self._vacate(entry, t_us, num_tokens, wasted="aborted")
@@ -491,53 +494,10 @@ class Scheduler:
         account: Account = "wasted" if wasted else "requests"
         return self.ledger.ended(t_us, request.request_id, account, wasted, request.tenant, num_tokens)
 
-    def _learn(self, entry: Entry, t_us: int, event: e.Finished, energy_follows: bool) -> None:
-        """Teach the estimator and the length learner now; the policy when the energy is settled, or now if none is."""
-        request, decision = entry.request, entry.decision
-        assert decision is not None
-        num_tokens = event.num_completion_tokens
-        first_us = entry.first_token_us or t_us
-        tpot_ms = (t_us - first_us) * 0.001 / (num_tokens - 1) if num_tokens > 1 else 0.0
-        ttft_ms = (first_us - entry.dispatched_us) * 0.001
-        book = self.fleet.books[entry.parked]
-        num_new = request.num_prompt_tokens - entry.num_cached_tokens
-        book.estimate.learn_times(num_new, ttft_ms, tpot_ms, book.num_running, (t_us - entry.dispatched_us) * 0.001)
-        if not request.ignore_eos:
-            self._lengths.learn(entry.length_class, num_tokens)
-        e2el_ms = (t_us - request.received_us) * 0.001
-        user_ttft_ms = (first_us - request.received_us) * 0.001
-        observation = Observation(
-            decision_id=decision.decision_id,
-            mode=decision.mode,
-            finish_reason=event.finish_reason,
-            ttft_ms=user_ttft_ms,
-            tpot_ms=tpot_ms,
-            e2el_ms=e2el_ms,
-            num_completion_tokens=num_tokens,
-            energy=None,
-            slo_met=slo_met(request, user_ttft_ms, tpot_ms, e2el_ms),
-        )
-        if not energy_follows:
-            self._router.policy.update(decision, observation)
-            return
-        if len(self._unsettled) >= _UNSETTLED_KEPT:
-            self._learn_settled(next(iter(self._unsettled)), None)
-        self._unsettled[request.request_id] = (decision, observation, request.num_prompt_tokens + num_tokens)
-
     def _settle(self, settled: list[tuple[str, Energy]]) -> None:
         for request_id, energy in settled:
-            self._learn_settled(request_id, energy)
+            self._feedback.settled(request_id, energy, self._out)
             self._out.append(c.Settle(request_id, energy))
-
-    def _learn_settled(self, request_id: str, energy: Energy | None) -> None:
-        known = self._unsettled.pop(request_id, None)
-        if known is None:
-            return
-        decision, observation, num_tokens = known
-        if energy is not None:
-            self.fleet.books[self.fleet.by_name[decision.mode]].estimate.learn_energy(energy.energy_mj, num_tokens)
-            observation = structs.replace(observation, energy=energy)
-        self._router.policy.update(decision, observation)
 
     # --- out -----------------------------------------------------------------------------------------------------
 

@@ -8,15 +8,19 @@ from collections.abc import Callable, Sequence
 from msd.config import PolicyConfig
 from msd.domain import Mode
 from msd.errors import ConfigError
+from msd.policy.cost import Cost
 from msd.policy.fixed import Fixed
+from msd.policy.random import RandomMode
 from msd.policy.round_robin import RoundRobin
 from msd.policy.rules import Rules
 from msd.ports import Policy
 
 POLICIES: dict[str, Callable[[PolicyConfig, Sequence[Mode]], Policy]] = {
     "fixed": Fixed,
+    "random": RandomMode,
     "round_robin": RoundRobin,
     "rules": Rules,
+    "cost": Cost,
 }
 
 

@@ -29,8 +29,15 @@ from tests.bench.harness import (
     say,
 )
 
-TARGETS = ("core", "zmq_path", "sim_speed", "soak", "loop_lag", "vllm_path")
+SUITES = {
+    "spine": ("core", "zmq_path", "sim_speed", "soak", "loop_lag", "vllm_path"),
+    "modeswitch": (
+        "replay", "learned", "decision", "gate", "residency", "energy", "bursts", "estimator", "cpu_modes",
+    ),
+}  # fmt: skip
 """From the quickest to the slowest. Each is a module here with a function `measure(Options) -> list[Row]`."""
+
+TARGETS = tuple(name for suite in SUITES.values() for name in suite)
 
 PLAIN_WIDTH = 150
 
@@ -38,7 +45,8 @@ PLAIN_WIDTH = 150
 def main() -> int:
     """Run the named targets, all without names; or write the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: the suite)")
+    parser.add_argument("--suite", choices=sorted(SUITES), default="spine", help="default: spine")
     parser.add_argument(
         "--repeats", type=int, default=DEFAULT_REPEATS, help=f"of each figure (default {DEFAULT_REPEATS})"
     )
@@ -53,12 +61,12 @@ def main() -> int:
     if unknown:
         parser.error(f"no target {', '.join(unknown)} (of {', '.join(TARGETS)})")
     if arguments.write_docs is not None:
-        return _write_docs(arguments.write_docs)
+        return _write_docs(arguments.write_docs, arguments.suite)
     options = Options(repeats=arguments.repeats, quick=arguments.quick)
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     failed = False
     began = time.monotonic()
-    for name in arguments.targets or TARGETS:
+    for name in arguments.targets or SUITES[arguments.suite]:
         failed = not _measure(name, options, console) or failed
     say(f"{time.monotonic() - began:.0f} s in all")
     return int(failed)
@@ -87,9 +95,9 @@ def _machine(surroundings: Surroundings) -> str:
     return f"others keep {surroundings.busy_cores:.1f} of {os.cpu_count()} cores busy, load average {loads}"
 
 
-def _write_docs(file: Path) -> int:
+def _write_docs(file: Path, suite: str) -> int:
     """Write the page from what `make bench` left; refuse where a result is none, or a quick one."""
-    known = [RESULTS / f"{name}.json" for name in TARGETS]
+    known = [RESULTS / f"{name}.json" for name in SUITES[suite]]
     try:
         results = [load(path) for path in known if path.is_file()]
     except CannotMeasureError as error:

@@ -969,4 +969,4 @@ def test_unsettled_observations_are_bounded() -> None:
     world.post(e.CounterRead(world.t_us, CounterReading(domain="gpu:0", t_us=world.t_us, energy_mj=0, power_w=50.0)))
     for _ in range(4_200):
         world.finish(world.submit())
-    assert len(world.scheduler._unsettled) == 4_096
+    assert len(world.scheduler._feedback._unsettled) == 4_096

@@ -1,0 +1,93 @@
+"""The gate file: which modes are certified for which task, with figures; keyed by recipe hash.
+
+`msd gate` writes it, `core/certificates.py` goes by it. A checksum over its content tells a file that was edited by
+hand from one that was measured: certificates are only worth what was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct, structs
+
+from msd.errors import ConfigError
+
+SCHEMA = 1
+Verdict = Literal["certified", "revoked", "undecided"]
+ALL_TASKS = "*"
+"""The row that stands for requests which name no task: all tasks together."""
+
+
+class GateRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One mode on one task, compared pairwise with the reference mode. Accuracies 0..1."""
+
+    mode: str
+    recipe: str
+    task: str
+    verdict: Verdict
+    num_pairs: int
+    num_differ: int
+    """Pairs of which exactly one was right."""
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    """Wilson 95 % interval."""
+    reference_accuracy: float
+    difference: float
+    """Accuracy less the reference's, -1..1."""
+    difference_low: float
+    difference_high: float
+    agreement: float = 1.0
+    """Share of pairs with the same answer, right or wrong."""
+
+
+class GateFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All rows of one run of the gate, and what they were measured on."""
+
+    schema: int
+    created: str
+    command: str
+    versions: dict[str, str]
+    host: str
+    model: str
+    reference: str
+    reference_recipe: str
+    delta: float
+    alpha: float
+    rows: tuple[GateRow, ...]
+    stated: bool = False
+    """The verdicts were stated by somebody, not measured here (for simulated or dummy-weight engines)."""
+    checksum: str = ""
+
+
+def checksum(gate: GateFile) -> str:
+    """Hash of everything else in the file."""
+    bare = structs.replace(gate, checksum="")
+    return hashlib.blake2b(msgspec.json.encode(bare, order="sorted"), digest_size=16).hexdigest()
+
+
+def write(file: Path, gate: GateFile) -> None:
+    """Write the file with its checksum."""
+    signed = structs.replace(gate, checksum=checksum(gate))
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(signed), indent=2) + b"\n")
+
+
+def load(file: Path) -> GateFile:
+    """Read a gate file. Raises ConfigError: missing, not one, of another schema, or edited by hand."""
+    try:
+        gate = msgspec.json.decode(file.read_bytes(), type=GateFile)
+    except OSError as error:
+        raise ConfigError(f"gate file {file}: {error.strerror}", remedy="`msd gate` writes one") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"gate file {file} cannot be read: {error}", remedy="run `msd gate` again") from error
+    if gate.schema != SCHEMA:
+        raise ConfigError(f"gate file {file} has schema {gate.schema}, not {SCHEMA}", remedy="run `msd gate` again")
+    if gate.checksum != checksum(gate):
+        raise ConfigError(
+            f"gate file {file} was changed after it was measured: its checksum does not match",
+            remedy='run `msd gate` again; to use uncertified modes anyway, set quality.ungated = "allow"',
+        )
+    return gate
