@@ -11,8 +11,6 @@ import gc
 import os
 import secrets
 import signal
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,22 +22,20 @@ import uvloop
 from msgspec import to_builtins
 
 from msd import logs, status
-from msd.config import Config, EngineConfig
+from msd.clock import MonotonicClock
+from msd.config import Config
 from msd.core import events as e
 from msd.core.scheduler import Scheduler
 from msd.dispatch import Dispatcher
 from msd.egress import Egress
-from msd.engine import tokens
-from msd.engine.noop import NoopEngine
+from msd.engine import factory
 from msd.engine.pool import Pool
-from msd.engine.sim import SimEngine
 from msd.errors import EXIT_OK, ConfigError, MsdError
 from msd.ingress.accept import Acceptor
 from msd.ingress.zmq import ZmqIngress
 from msd.journal.memory import MemoryJournal
 from msd.notify import Notifier
-from msd.ports import Clock, Engine, GpuProbe, Tokenizer
-from msd.simgpu import SimGpu
+from msd.ports import Clock, GpuProbe
 from msd.telemetry.probes import start_probes
 
 T = TypeVar("T")
@@ -58,14 +54,6 @@ GC_THRESHOLDS = (10_000, 20, 50)
 """Requests make some hundred objects and no cycles: at the default of 700 the collector took 4 % of a busy loop."""
 
 _log = structlog.get_logger(__name__)
-
-
-class MonotonicClock:
-    """The machine's monotonic clock."""
-
-    def now_us(self) -> int:
-        """Microseconds since an arbitrary start."""
-        return time.monotonic_ns() // 1_000
 
 
 class ThreadOffload:
@@ -104,11 +92,11 @@ class Daemon:
         if any(engine.kind == "vllm" for engine in config.engine):
             from msd.engine.vllm import import_vllm
 
-            logs_folder = run_dir(config)
+            logs_folder = factory.run_dir(config)
             # Before the socket is bound: an import in a thread would hold the loop for up to 0.3 s at a time.
             _log.info("importing_vllm", takes="5 to 15 s; then the socket is bound", engine_logs=str(logs_folder))
             import_vllm()
-        gpu = self._simulated_gpu()
+        gpu = factory.simulated_gpu(config, self._clock)
         journal = MemoryJournal(config.journal, self._clock)
         scheduler = Scheduler.from_config(config, Random(config.daemon.seed))
         probes = start_probes(config.telemetry, self._clock, gpu)
@@ -118,13 +106,22 @@ class Daemon:
                     scheduler,
                     journal,
                     Egress(loop, config.limits),
-                    Acceptor(epoch=self._epoch, models=self._tokenizers(), offload=ThreadOffload()),
+                    Acceptor(
+                        epoch=self._epoch,
+                        models=factory.load_tokenizers(config, self._base_dir),
+                        offload=ThreadOffload(),
+                    ),
                     self._clock,
                     tasks,
                     self._describe,
                 )
                 self._pool = pool = Pool(
-                    {engine.name: self._factory(engine, gpu, logs_folder) for engine in config.engine},
+                    {
+                        engine.name: factory.engine_factory(
+                            engine, config, self._base_dir, self._clock, gpu, logs_folder
+                        )
+                        for engine in config.engine
+                    },
                     dispatcher,
                     journal.read_prompt,
                     Random(config.daemon.seed),
@@ -251,61 +248,6 @@ class Daemon:
         )
         assert isinstance(described, dict)
         return described
-
-    # --- parts -------------------------------------------------------------------------------------------------------
-
-    def _simulated_gpu(self) -> SimGpu | None:
-        if not any(engine.kind == "sim" for engine in self._config.engine):
-            return None
-        telemetry = self._config.telemetry
-        return SimGpu(
-            memory_bytes=telemetry.sim_memory_bytes,
-            idle_w=telemetry.sim_idle_w,
-            rng=Random(self._config.daemon.seed),
-            now_us=self._clock.now_us(),
-        )
-
-    def _tokenizers(self) -> dict[str, Tokenizer]:
-        found: dict[str, Tokenizer] = {}
-        for model in self._config.model:
-            folder = model.tokenizer or model.path
-            found[model.name] = tokens.load_tokenizer(self._base_dir / folder) if folder else tokens.SimTokenizer()
-        return found
-
-    def _factory(self, engine: EngineConfig, gpu: SimGpu | None, logs_folder: Path | None) -> Callable[[], Engine]:
-        match engine.kind:
-            case "noop":
-                return lambda: NoopEngine(engine)
-            case "sim":
-                assert gpu is not None, "a simulated engine needs the simulated GPU"
-                # A generator of its own: it draws at the pace of wall time, and decisions must not depend on that.
-                rng = Random(f"{self._config.daemon.seed} {engine.name}")
-                return lambda: SimEngine(engine, gpu, self._clock, rng)
-            case "vllm":
-                from msd.engine.vllm import VllmEngine
-
-                assert logs_folder is not None, "a vLLM engine needs a folder for its log"
-                model = next(model for model in self._config.model if model.name == engine.model)
-                return lambda: VllmEngine(engine, self._base_dir / model.path, self._base_dir, logs_folder)
-
-
-def run_dir(config: Config) -> Path:
-    """Folder of engine logs: the configured one, systemd's, the user's, else a new one that is nobody else's.
-
-    Raises ConfigError when it cannot be made.
-    """
-    named = config.daemon.run_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
-    if not named and os.environ.get("XDG_RUNTIME_DIR"):
-        named = os.path.join(os.environ["XDG_RUNTIME_DIR"], "msd")
-    try:
-        if not named:
-            # Never a name that somebody else could have made before us.
-            return Path(tempfile.mkdtemp(prefix="msd-"))
-        folder = Path(named)
-        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"no folder for engine logs: {error}", remedy="set daemon.run_dir") from error
-    return folder
 
 
 def _on_loop_exception(
