@@ -448,8 +448,8 @@ class Scheduler:
         t_us, num_tokens = event.t_us, event.num_completion_tokens
         if event.finish_reason != "abort":
             energy = self._vacate(entry, t_us, num_tokens)
-            self._feedback.finished(entry, t_us, event.finish_reason, num_tokens, energy is not None, self._out)
             self._complete(entry, t_us, event.finish_reason, num_tokens, energy)
+            self._feedback.finished(entry, t_us, event.finish_reason, num_tokens, energy is not None, self._out)
         else:
             energy = self._vacate(entry, t_us, num_tokens, wasted="aborted")
             if entry.abort_reason in ("", "cancel"):

@@ -50,7 +50,7 @@ def test_what_the_example_calls_a_default_is_one() -> None:
     config = parse(every_line_taken_up(), file="config.toml", base_dir=ROOT, look_at_files=False)
     simulated = next(engine for engine in config.engine if engine.name == "simulated")
     plain = msgspec.convert({"model": [{"name": "m"}], "engine": [{"name": "a", "model": "m"}]}, Config)
-    for section in ("daemon", "ingress", "limits", "policy", "energy", "telemetry", "journal"):
+    for section in ("daemon", "ingress", "limits", "policy", "quality", "residency", "energy", "telemetry", "journal"):
         assert getattr(config, section) == getattr(plain, section), section
     assert simulated.sim == plain.engine[0].sim
 

@@ -56,7 +56,7 @@ def test_minimal_file_gets_every_default() -> None:
     config = read(MINIMAL)
     assert config.engine[0].name == "a"
     assert config.engine[0].max_num_seqs == 32
-    assert config.policy.name == "rules"
+    assert config.policy.name == "cost"
     assert config.limits.class_weights == {"interactive": 16, "standard": 4, "batch": 1}
 
 
@@ -119,7 +119,7 @@ def test_every_error_is_reported_at_once_with_line_field_value_and_remedy() -> N
     with pytest.raises(InvalidConfigError) as caught:
         read(MANY)
     assert str(caught.value).splitlines() == [
-        "config.toml:1: drain_s = 5: unknown key here; it belongs to [daemon]",
+        "config.toml:1: drain_s = 5: unknown key here; it belongs to [daemon] or [residency]",
         'config.toml:3: daemon.log_level = "inf": must be one of `debug`, `info`, `warning`, `error`; '
         "did you mean `info`?",
         "config.toml:5: limits.max_wating = 5: unknown key; did you mean `max_waiting`?",

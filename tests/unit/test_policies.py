@@ -81,7 +81,7 @@ def test_an_unknown_policy_is_named_with_its_nearest() -> None:
     with pytest.raises(ConfigError, match="'ruels' is not a policy") as caught:
         policy("ruels")
     assert "did you mean 'rules'?" in str(caught.value)
-    with pytest.raises(ConfigError, match="one of fixed, round_robin, rules"):
+    with pytest.raises(ConfigError, match="one of cost, fixed, .*round_robin, rules"):
         policy("zzz")
 
 

@@ -32,7 +32,7 @@ def test_a_request_is_stored_acked_dispatched_stored_again_and_delivered() -> No
     world.first_token(request_id)
     world.t_us += 9_000
     world.finish(request_id, "length", 4)
-    assert kinds(world.log) == ["Append", "Ack", "Dispatch", "Complete", "Deliver"]
+    assert kinds(world.log) == ["Append", "Ack", "Dispatch", "Complete", "Observe", "Deliver"]
     outcome = world.delivered[request_id]
     assert (outcome.finish_reason, outcome.attempt, outcome.mode) == ("length", 1, "m0")
     assert (outcome.num_prompt_tokens, outcome.num_completion_tokens) == (16, 4)
@@ -50,7 +50,7 @@ def test_nothing_is_promised_before_it_is_stored() -> None:
     request_id = world.submit()
     assert kinds(world.log) == ["Append"]
     assert kinds(world.appended(request_id)) == ["Ack", "Dispatch"]
-    assert kinds(world.finish(request_id)) == ["Complete"]
+    assert kinds(world.finish(request_id)) == ["Complete", "Observe"]
     assert world.scheduler.num_pending == 1
     assert kinds(world.completed(request_id)) == ["Deliver"]
     assert world.scheduler.num_pending == 0
