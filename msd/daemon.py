@@ -175,6 +175,10 @@ class Daemon:
         if ingress.stats()["num_sessions"]:
             await asyncio.sleep(LAST_WORDS_S)
 
+    def post(self, event: e.Event) -> None:
+        """Hand the scheduler an event from outside, on the loop."""
+        self._dispatcher.post(event)
+
     # --- end ---------------------------------------------------------------------------------------------------------
 
     def _on_signal(self) -> None:

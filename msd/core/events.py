@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from msd.config import PolicyConfig
 from msd.core.energy_domain import Coefficients
 from msd.domain import CounterReading, EngineInfo, EngineLoad, ExitKind, FinishReason, GpuView, Request, Residence
 from msd.wire import ErrorCode
@@ -178,6 +179,13 @@ class QualityJudged(Struct, frozen=True):
     num_tokens: int = 0
 
 
+class ConfigChanged(Struct, frozen=True):
+    """The operator chose another policy. What waits is decided by the new one, what runs goes on."""
+
+    t_us: int
+    policy: PolicyConfig
+
+
 class Draining(Struct, frozen=True):
     """The daemon stops: no new work; running attempts may go on until `until_us`."""
 
@@ -212,6 +220,7 @@ Event = (
     | EngineAsleep
     | CoefficientsFitted
     | QualityJudged
+    | ConfigChanged
     | Draining
     | Tick
 )

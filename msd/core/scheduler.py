@@ -206,6 +206,11 @@ class Scheduler:
                 pass  # TODO(gate)
             case e.EngineAsleep():
                 pass  # TODO(residency)
+            case e.ConfigChanged():
+                modes = [book.mode for book in self.fleet.books]
+                self._router.policy = make_policy(event.policy, modes)
+                self._unpark_all()
+                self._fill(event.t_us)
             case e.Draining():
                 self._drain_until_us = event.until_us
                 self._on_tick(event.t_us)
@@ -340,6 +345,14 @@ class Scheduler:
             # Also for a retry: its first item may have surfaced, unheeded, while it ran.
             heappush(self._deadlines, (entry.request.deadline_us, entry.seq, entry))
         self.queue.push(entry)
+
+    def _unpark_all(self) -> None:
+        """What made requests wait for one mode is no longer true: all modes are open to them again."""
+        for entry in [entry for entry in self.queue.entries() if entry.parked >= 0]:
+            self.queue.discard(entry)
+            self.fleet.unpark(entry.parked)
+            entry.parked = -1
+            self.queue.push(entry)
 
     def _fill(self, t_us: int) -> None:
         """Give free slots to waiting requests, in fair order, until none is left that a free mode may serve."""
