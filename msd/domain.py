@@ -94,7 +94,9 @@ class Mode(Struct, frozen=True, kw_only=True):
     prefix_caching: bool = False
     simulated: bool = False
     quality: float | None = None
-    """Certified exact-match accuracy of this mode, 0..1, where a gate has measured it."""
+    """Exact-match accuracy of this mode, 0..1, where the operator states it; what a gate measured is in its file."""
+    lossless: bool = False
+    """It computes what the model's own weights say: no certificate needed (`msd.recipe.is_lossless`)."""
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):
@@ -143,6 +145,16 @@ class GpuView(Struct, frozen=True, kw_only=True):
     energy_mj: int | None = None
     epoch: int = 0
     error: str = ""
+
+
+class InstalledGpu(Struct, frozen=True, kw_only=True):
+    """One GPU of the host, as its driver lists it. `compute_capability`: (major, minor); None = not told."""
+
+    index: int
+    uuid: str
+    name: str
+    memory_total_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = None
 
 
 class Mask(IntFlag):

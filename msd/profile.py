@@ -5,13 +5,17 @@ It holds for one GPU, one vLLM and the recipes in it; `load` refuses it elsewher
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
+from msd.config import Config, EngineConfig
 from msd.errors import ConfigError
+from msd.recipe import recipe_hash
 
 SCHEMA = 1
 
@@ -52,6 +56,8 @@ class ModeProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     sleep_s: float | None = None
     wake_s: float | None = None
     cells: tuple[Measured, ...] = ()
+    settings: dict[str, object] = {}
+    """What else its speed hangs on (`settings_of`), as it was when this was measured."""
 
 
 class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,6 +79,61 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return next((profile for profile in self.modes if profile.mode == mode), None)
 
 
+def load_for(config: Config, base_dir: Path, device: str, engine_version: str) -> Profile | None:
+    """The profile that the configuration names, if any. Raises ConfigError when it does not hold here."""
+    if not config.policy.profile:
+        return None
+    file = base_dir / config.policy.profile
+    profile = load(file)
+    found = list(differences(profile, config, base_dir, device, engine_version))
+    if found:
+        raise ConfigError(
+            f"profile {file} does not hold here: {'; '.join(found)}",
+            remedy="run `msd profile` again, or empty policy.profile",
+        )
+    return profile
+
+
+def differences(profile: Profile, config: Config, base_dir: Path, device: str, engine_version: str) -> Iterator[str]:
+    """In what the profile was measured otherwise than the configuration would run here. Modes it lacks are no fault."""
+    if profile.device != device:
+        yield f"it was measured on {profile.device}, this is {device}"
+    if profile.engine_version != engine_version:
+        yield f"it was measured with {profile.engine_version}, this is {engine_version}"
+    for engine in config.engine:
+        measured = profile.of(engine.name)
+        if measured is None:
+            continue
+        then, now = measured.settings, settings_of(engine)
+        changed = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+        for name in changed:
+            yield f"mode {engine.name}: {name} was {_shown(then.get(name))}, now {_shown(now.get(name))}"
+        if not changed and measured.recipe != recipe_hash(engine, config, base_dir):
+            yield f"mode {engine.name}: the model's files or its recipe have changed"
+
+
+ROOM_ONLY = frozenset({"kv_cache_memory_bytes", "gpu_memory_utilization", "max_model_len"})
+"""Arguments that say how much fits, not how fast it goes."""
+
+
+def settings_of(engine: EngineConfig) -> dict[str, object]:
+    """Settings of an engine that its speed hangs on, flat; of a simulated engine also its truth."""
+    settings: dict[str, object] = {
+        "precision": engine.precision,
+        "speculation": engine.speculation,
+        "prefix_caching": engine.prefix_caching,
+    }
+    if engine.kind == "sim":
+        settings |= {f"sim.{name}": value for name, value in msgspec.to_builtins(engine.sim).items()}
+    else:
+        settings |= {f"args.{name}": value for name, value in engine.args.items() if name not in ROOM_ONLY}
+    return settings
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else msgspec.json.encode(value).decode()
+
+
 def load(file: Path) -> Profile:
     """Read a profile. Raises ConfigError: missing, not one, or of another schema."""
     try:
@@ -87,5 +148,7 @@ def load(file: Path) -> Profile:
 
 
 def write(file: Path, profile: Profile) -> None:
-    """Write the profile."""
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
+    """Write the profile, whole or not at all."""
+    draft = file.with_name(f"{file.name}.new")
+    draft.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
+    os.replace(draft, file)

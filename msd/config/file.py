@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from msd.config import rules
+from msd.config import presets, rules
 from msd.config.positions import lines_of
 from msd.config.problems import InvalidConfigError, Problem
 from msd.config.read import Reader
@@ -80,6 +80,7 @@ def parse(
         raise InvalidConfigError(file, [_syntax_problem(str(error), text)]) from error
     except RecursionError as error:
         raise InvalidConfigError(file, [Problem(field="", message="is nested too deeply")]) from error
+    document = presets.expand(document)
     reader = Reader(lines_of(text))
     try:
         config = msgspec.convert(document, Config)

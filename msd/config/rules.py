@@ -8,6 +8,7 @@ from pathlib import Path as FilePath
 from typing import get_args
 
 from msd.config.positions import Path
+from msd.config.presets import PRESETS
 from msd.config.problems import ABSENT, close, nearest
 from msd.config.schema import POLICY_NAMES, Config, EngineConfig, ZmqIngressConfig
 from msd.domain import ServiceClass
@@ -64,7 +65,10 @@ def _engines(config: Config, engine_arguments: Collection[str]) -> Iterator[Find
                 engine.model,
                 f"no [[model]] has this name; {nearest(engine.model, models)}",
             )
-        if engine.kind == "vllm":
+        if engine.preset and engine.preset not in PRESETS:
+            message = f"there is no such preset; {nearest(engine.preset, PRESETS)} (`msd modes` lists them)"
+            yield ("engine", index, "preset"), engine.preset, message
+        elif engine.kind == "vllm":
             yield from _vllm_engine(("engine", index), engine, engine_arguments)
         elif engine.kind == "sim" and engine.sim.max_model_len > engine.sim.kv_capacity_tokens:
             most = engine.sim.kv_capacity_tokens
@@ -73,7 +77,11 @@ def _engines(config: Config, engine_arguments: Collection[str]) -> Iterator[Find
 
 
 def _vllm_engine(path: Path, engine: EngineConfig, engine_arguments: Collection[str]) -> Iterator[Finding]:
+    preset = PRESETS.get(engine.preset)
+    if preset is not None and preset.weights and not engine.weights:
+        yield (*path, "weights"), ABSENT, f"preset `{preset.name}` needs {preset.weights} here: the folder of one"
     speculates = bool(engine.args.get("speculative_config"))
+    yield from _draft(path, engine)
     if speculates and engine.speculation == "none":
         message = "set speculation too (`ngram` or `draft`): policies go by it"
         yield (*path, "args", "speculative_config"), ABSENT, message
@@ -87,6 +95,25 @@ def _vllm_engine(path: Path, engine: EngineConfig, engine_arguments: Collection[
             remedy = f"did you mean `{meant}`?" if meant else "its documentation lists them as engine arguments"
             yield (*path, "args", argument), value, f"the installed vLLM has no such argument; {remedy}"
 
+
+def _draft(path: Path, engine: EngineConfig) -> Iterator[Finding]:
+    """What speculation proposes with is named once, and only where something does."""
+    speculative = engine.args.get("speculative_config")
+    if not isinstance(speculative, dict) or not speculative:
+        if engine.draft:
+            yield (*path, "draft"), engine.draft, "nothing would use it: args.speculative_config is missing"
+        return
+    method = str(speculative.get("method", "draft_model"))
+    if engine.draft and "model" in speculative:
+        yield (*path, "draft"), engine.draft, "args.speculative_config.model names one too: say it once, here"
+    elif method in NEED_DRAFT and not engine.draft and "model" not in speculative:
+        preset = PRESETS.get(engine.preset)
+        wanted = preset.draft if preset is not None and preset.draft else "a model to propose with"
+        yield (*path, "draft"), ABSENT, f"speculation by `{method}` needs {wanted} here: the folder of one"
+
+
+NEED_DRAFT = ("draft_model", "eagle", "eagle3")
+"""Methods of speculation that propose with a model of their own."""
 
 SET_BY_MSD = {
     "model": "`path` of the [[model]], or `weights` of the [[engine]],",
@@ -178,9 +205,13 @@ def _is_loopback(host: str) -> bool:
 
 def _simulated_memory(config: Config) -> Iterator[Finding]:
     simulated = [engine for engine in config.engine if engine.kind == "sim"]
-    needed = sum(engine.sim.weights_bytes for engine in simulated)
+    together = [engine for engine in simulated if engine.residency == "always"]
+    # Engines that take turns need room for one at a time.
+    turns = [engine for engine in simulated if engine.residency == "auto"]
+    together += sorted(turns, key=lambda engine: engine.sim.weights_bytes)[-1:]
+    needed = sum(engine.sim.weights_bytes for engine in together)
     if needed > (there := config.telemetry.sim_memory_bytes):
-        parts = " + ".join(f"{engine.name} {engine.sim.weights_bytes:,}" for engine in simulated)
+        parts = " + ".join(f"{engine.name} {engine.sim.weights_bytes:,}" for engine in together)
         message = (
             f"the simulated engines' weights_bytes need {needed:,} ({parts}), {needed - there:,} more than there is"
         )
@@ -199,6 +230,8 @@ def _files(config: Config, base_dir: FilePath) -> Iterator[Finding]:
     for index, engine in enumerate(config.engine):
         if engine.weights:
             yield from _folder(("engine", index, "weights"), engine.weights, base_dir, "config.json")
+        if engine.draft:
+            yield from _folder(("engine", index, "draft"), engine.draft, base_dir, "config.json")
     zmq = config.ingress.zmq
     if zmq.curve_secret_key_file:
         place: Path = ("ingress", "zmq", "curve_secret_key_file")

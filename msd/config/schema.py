@@ -217,6 +217,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str,
         Meta(description="Folder of other weights of the model, such as a quantised checkpoint. Empty: its `path`."),
     ] = ""
+    draft: Annotated[
+        str,
+        Meta(description="Folder of the draft model or EAGLE head that speculation proposes with. Empty: none."),
+    ] = ""
     precision: Annotated[Precision, Meta(description="What policies take it for; the weights or `args` decide.")] = (
         "bf16"
     )

@@ -105,6 +105,7 @@ class VllmEngine:
         self.name = config.name
         self._config = config
         self._model_folder = base_folder / config.weights if config.weights else model_folder
+        self._base_folder = base_folder
         self._log_path = log_folder / f"{config.name}.log"
         self._llm: AsyncLLM | None = None
         self._starting: asyncio.Future[AsyncLLM] | None = None
@@ -121,7 +122,7 @@ class VllmEngine:
     async def start(self) -> EngineInfo:
         """Load, warm up and measure. Raises EngineStartError with the engine's last lines, or ConfigError."""
         began = time.monotonic()
-        arguments = build_arguments(self._config, str(self._model_folder), is_cpu=_is_cpu())
+        arguments = build_arguments(self._config, str(self._model_folder), is_cpu=_is_cpu(), base_dir=self._base_folder)
         self._starting = asyncio.get_running_loop().run_in_executor(_starter, self._build, arguments)
         try:
             # Shielded: the thread cannot be cancelled. `stop` kills what it started, and waits for it.

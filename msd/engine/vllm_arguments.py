@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from msd.config import EngineConfig
+from msd.config.presets import PRESETS
 from msd.config.problems import close
 from msd.errors import ConfigError
 
@@ -27,6 +28,8 @@ NOT_ON_CPU = {
     "kv_offloading_size": "fails on vLLM's CPU platform",
     "kv_offloading_backend": "fails on vLLM's CPU platform",
 }
+FP8_ON_CPU = ("fp8_per_channel",)
+"""What it emulates, slowly; for the others vLLM 0.32 meets a stub operator."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Of the other precisions the checkpoint or `quantization` says what they are."""
 MAX_QUEUED_PER_SLOT = 2
@@ -56,13 +59,16 @@ def check_arguments(config: EngineConfig) -> None:
         )
 
 
-def build_arguments(config: EngineConfig, model: str, *, is_cpu: bool) -> dict[str, object]:
-    """Arguments of `AsyncEngineArgs` for this engine. Raises ConfigError, also for what the platform cannot do."""
+def build_arguments(config: EngineConfig, model: str, *, is_cpu: bool, base_dir: Path = Path()) -> dict[str, object]:
+    """Arguments of `AsyncEngineArgs` for this engine. Raises ConfigError, also for what the platform cannot do.
+
+    `base_dir`: what the path of the draft model counts from.
+    """
     check_arguments(config)
     if is_cpu:
         for name in NOT_ON_CPU.keys() & config.args.keys():
             raise ConfigError(f"engine {config.name}: args.{name} is {NOT_ON_CPU[name]}", remedy="leave it out")
-        if config.precision == "fp8":
+        if config.precision == "fp8" and config.args.get("quantization") not in FP8_ON_CPU:
             raise ConfigError(
                 f"engine {config.name}: this CPU build of vLLM has no FP8 kernels", remedy="int8 weights work on a CPU"
             )
@@ -78,9 +84,18 @@ def build_arguments(config: EngineConfig, model: str, *, is_cpu: bool) -> dict[s
     }
     if config.precision == "fp8" and not config.weights:
         arguments["quantization"] = "fp8"  # of bf16 weights, while they are loaded
+    if not is_cpu:
+        if config.preset in PRESETS:
+            arguments |= PRESETS[config.preset].gpu_args
+        if config.residency == "auto":
+            arguments["enable_sleep_mode"] = True
     known = known_arguments()
     # The bounds of the queue are younger than the oldest vLLM that we run on.
-    return {name: value for name, value in arguments.items() if not known or name in known} | config.args
+    arguments = {name: value for name, value in arguments.items() if not known or name in known} | config.args
+    speculative = config.args.get("speculative_config")
+    if config.draft and isinstance(speculative, dict):
+        arguments["speculative_config"] = speculative | {"model": str(base_dir / config.draft)}
+    return arguments
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 from msgspec import structs
 
-from msd.domain import CounterReading, EnergySource, GpuView
+from msd.domain import CounterReading, EnergySource, GpuView, InstalledGpu
 from msd.errors import ProbeError
 from msd.ports import Clock
 from msd.telemetry.nvml_device import (
@@ -57,6 +57,35 @@ def import_pynvml() -> Any:
         remedy = "pip uninstall pynvml; pip install --force-reinstall nvidia-ml-py"
         raise ProbeError(f"the pynvml module at {where} is not NVIDIA's", remedy=remedy)
     return pynvml
+
+
+def installed_gpus() -> tuple[InstalledGpu, ...]:
+    """The GPUs that the driver lists, asked once. Raises ProbeError: no driver, no GPU, a foreign pynvml."""
+    nvml = import_pynvml()
+    try:
+        nvml.nvmlInit()
+        try:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+            return tuple(_installed(nvml, index, handle) for index, handle in enumerate(handles))
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError as error:
+        raise NvmlFailureError(int(error.value), str(error)) from error
+
+
+def _installed(nvml: Any, index: int, handle: Any) -> InstalledGpu:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    name, uuid = (
+        value.decode() if isinstance(value, bytes) else str(value)
+        for value in (nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle))
+    )
+    return InstalledGpu(
+        index=index,
+        uuid=uuid,
+        name=name,
+        memory_total_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+        compute_capability=(int(major), int(minor)),
+    )
 
 
 class NvmlProbe:
