@@ -66,10 +66,22 @@ fix: setup ## format, and what the linter can mend by itself
 e2e: setup testbed ## only the tests on real vLLM engines and real sockets
 	@$(PY) -m pytest -m "e2e and not gpu" --durations=10 tests $(ARGS)
 
+# An environment that has vLLM already (an air-gapped GPU host) is used as it is; else .venv is made.
+GPU_PY = $$(python3 -c 'import vllm' 2>/dev/null && echo python3 || echo $(PY))
+BUDGET_S ?= 540
+
 .PHONY: gpu
-gpu: setup testbed ## the end-to-end suite on an NVIDIA GPU; says so where there is none
+gpu: ## on an NVIDIA GPU: profile, gate, deployment families, a burst; call again until all is measured (BUDGET_S=540)
 	@nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ] || \
 		{ echo "gpu: no NVIDIA GPU on this machine (nvidia-smi lists none): nothing was run" >&2; exit 75; }
+	@python3 -c 'import vllm' 2>/dev/null || $(MAKE) setup
+	@$(GPU_PY) -m testbed.int8 --all
+	@$(GPU_PY) -m tests.gpu.deployment --budget-s $(BUDGET_S) $(ARGS)
+
+.PHONY: gpu-test
+gpu-test: setup testbed ## the test suite of real engines on an NVIDIA GPU; says so where there is none
+	@nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ] || \
+		{ echo "gpu-test: no NVIDIA GPU on this machine (nvidia-smi lists none): nothing was run" >&2; exit 75; }
 	@$(PY) -m pytest -m gpu --durations=10 tests/gpu $(ARGS)
 
 ##@ simulation and figures

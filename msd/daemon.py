@@ -179,6 +179,10 @@ class Daemon:
         """Hand the scheduler an event from outside, on the loop."""
         self._dispatcher.post(event)
 
+    def stop(self) -> None:
+        """Drain and end, as SIGTERM does."""
+        self._on_signal()
+
     # --- end ---------------------------------------------------------------------------------------------------------
 
     def _on_signal(self) -> None:

@@ -1,4 +1,4 @@
-"""Real engines on an NVIDIA GPU: the modes that need one. `make gpu`.
+"""Real engines on an NVIDIA GPU: the modes that need one. `make gpu-test`.
 
 The model is the testbed's larger one, or the folder in $MSD_GPU_MODEL (a Llama of a few billion parameters, say).
 """
