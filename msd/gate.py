@@ -63,6 +63,20 @@ class GateFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     checksum: str = ""
 
 
+class Withdrawal(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A certificate that live pairs took away; it holds for the gate file whose checksum is `gate`."""
+
+    mode: str
+    recipe: str
+    task: str
+    gate: str
+    num_pairs: int
+    difference: float
+    """Mean of the scored pairs (-1..1); where no answer could be scored, less the share that disagreed."""
+    capital: float
+    """The evidence: 1 / quality.alpha was enough."""
+
+
 def checksum(gate: GateFile) -> str:
     """Hash of everything else in the file."""
     bare = structs.replace(gate, checksum="")

@@ -10,6 +10,7 @@ import difflib
 from msgspec import Struct
 
 from msd.config import LimitsConfig
+from msd.core.certificates import Certificates
 from msd.core.entry import Entry
 from msd.core.fleet import Fleet
 from msd.domain import Mask, Request
@@ -28,25 +29,38 @@ class Refusal(Struct, frozen=True):
     retry_after_ms: int | None = None
 
 
+class Static(Struct, frozen=True):
+    """What does not change while a request waits, unless a certificate is withdrawn."""
+
+    masks: tuple[int, ...]
+    eligible: int
+    """Bit set of the modes that are not masked."""
+    falls_back: bool
+    """Only the reference mode is left, and only because the configuration says so."""
+
+
 class Admission:
     """Counts what is open, per tenant and in tokens, and answers the door."""
 
-    def __init__(self, limits: LimitsConfig, fleet: Fleet) -> None:
+    def __init__(self, limits: LimitsConfig, fleet: Fleet, certificates: Certificates, falls_back: bool) -> None:
+        """`falls_back`: the reference mode serves what quality forbids everywhere (quality.all_masked)."""
         self._limits = limits
         self._fleet = fleet
+        self._certificates = certificates
+        self._falls_back = falls_back
         self._models = frozenset(book.mode.model for book in fleet.books)
-        self._masks: dict[tuple[str | None, str | None, float | None], tuple[tuple[int, ...], int]] = {}
+        self._masks: dict[tuple[str | None, str | None, float | None, str | None], Static] = {}
         self.num_reserved = 0
         """Requests that were admitted and do not run yet."""
         self.reserved_tokens = 0
         self._per_tenant: dict[str, int] = {}
 
-    def refuse(self, request: Request, static: tuple[tuple[int, ...], int], num_waiting: int) -> Refusal | None:
+    def refuse(self, request: Request, static: Static, num_waiting: int) -> Refusal | None:
         """A reason not to take the request, or None. `static` comes from `masks`."""
         limits = self._limits
-        masks, eligible = static
+        eligible = static.eligible
         if not eligible:
-            return self._unreachable(request, masks)
+            return self.unreachable(request, static.masks)
         tokens = request.num_prompt_tokens + request.max_tokens
         if tokens > self._fleet.shortest_context:
             refusal = self._too_long(request, eligible)
@@ -89,29 +103,38 @@ class Admission:
         else:
             del self._per_tenant[tenant]
 
-    def masks(self, request: Request) -> tuple[tuple[int, ...], int]:
-        """Per mode the reasons that hold for the request's whole life, and the bit set of modes without any."""
+    def masks(self, request: Request) -> Static:
+        """Per mode the reasons that hold while the request waits, and the bit set of modes without any."""
         strict = request.mode_hint if request.mode_strict else None
-        key = (request.model, strict, request.quality_floor)
+        key = (request.model, strict, request.quality_floor, request.task)
         known = self._masks.get(key)
         if known is not None:
             return known
         masks = []
-        for book in self._fleet.books:
+        for arm, book in enumerate(self._fleet.books):
             mode = book.mode
             mask = 0
             if request.model is not None and mode.model != request.model:
                 mask |= Mask.MODEL
             if strict is not None and mode.name != strict:
                 mask |= Mask.HINT
-            if request.quality_floor and (mode.quality is None or mode.quality < request.quality_floor):
+            if self._certificates.refusal(arm, request):
                 mask |= Mask.QUALITY
             masks.append(int(mask))
-        made = tuple(masks), sum(1 << i for i, mask in enumerate(masks) if not mask)
+        falls_back = False
+        if self._falls_back and all(masks):
+            arm = self._certificates.reference_for(request)
+            if arm >= 0 and masks[arm] == Mask.QUALITY:
+                falls_back, masks[arm] = True, 0
+        made = Static(tuple(masks), sum(1 << i for i, mask in enumerate(masks) if not mask), falls_back)
         if len(self._masks) >= _MAX_KEYS:
             self._masks.clear()
         self._masks[key] = made
         return made
+
+    def forget_masks(self) -> None:
+        """A certificate was withdrawn: who asks from now on gets masks made anew."""
+        self._masks.clear()
 
     def _expected_wait_ms(self, num_waiting: int) -> float:
         """How long the queue needs, served by all engines that are up; a second when none is."""
@@ -119,7 +142,8 @@ class Admission:
         num_slots = sum(book.num_slots for book in up)
         return min((book.estimate.wait_ms(num_waiting, num_slots) for book in up), default=1_000.0)
 
-    def _unreachable(self, request: Request, masks: tuple[int, ...]) -> Refusal:
+    def unreachable(self, request: Request, masks: tuple[int, ...]) -> Refusal:
+        """Why no mode at all may serve the request."""
         modes = list(self._fleet.by_name)
         if request.model is not None and request.model not in self._models:
             return Refusal(
@@ -130,13 +154,14 @@ class Admission:
             return Refusal("mode_unavailable", f"no such mode {hint!r}{_nearest(hint, modes)}")
         if any(not mask & ~Mask.QUALITY for mask in masks):
             known = [
-                f"{book.mode.name} {'unknown' if book.mode.quality is None else format(book.mode.quality, '.3g')}"
-                for book in self._fleet.books
+                f"{book.name} {self._certificates.refusal(arm, request)}"
+                for arm, book in enumerate(self._fleet.books)
+                if not masks[arm] & ~Mask.QUALITY
             ]
-            return Refusal(
-                "quality_unreachable",
-                f"quality_floor {request.quality_floor:g} is above every allowed mode ({', '.join(known)})",
-            )
+            why = "no mode is certified" if request.task is None else f"no mode is certified for task {request.task!r}"
+            if request.quality_floor is not None:
+                why = f"quality_floor {request.quality_floor:g} is above every allowed mode"
+            return Refusal("quality_unreachable", f"{why} ({'; '.join(known)})")
         return Refusal("mode_unavailable", f"mode {request.mode_hint!r} does not serve model {request.model!r}")
 
     def _too_long(self, request: Request, eligible: int) -> Refusal | None:

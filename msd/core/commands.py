@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from msd.domain import Decision, Energy, Observation, Outcome, Residence
+from msd.gate import Withdrawal
 from msd.wire import ErrorCode
 
 
@@ -105,6 +106,12 @@ class Shadow(Struct, frozen=True):
     max_tokens: int
 
 
+class Withdraw(Struct, frozen=True):
+    """Tell the operator that a mode lost its certificate for a task, and keep that beyond the process."""
+
+    withdrawal: Withdrawal
+
+
 class Transit(Struct, frozen=True):
     """Bring an engine to another residence; answered by EngineUp, EngineAsleep or EngineLost."""
 
@@ -125,5 +132,6 @@ Command = (
     | Settle
     | Observe
     | Shadow
+    | Withdraw
     | Transit
 )

@@ -24,14 +24,23 @@ class Entry:
     __slots__ = (
         "abort_reason",
         "attempt",
+        "averages",
+        "beside",
+        "cached_tokens",
         "decision",
         "dispatched_us",
         "duplicates",
         "eligible",
+        "end_us",
+        "expected_p90_tokens",
+        "expected_p90_tokens",
         "expected_tokens",
+        "falls_back",
         "first_token_us",
         "held_at",
         "length_class",
+        "marks",
+        "num_busy",
         "num_cached_tokens",
         "num_held",
         "outcome_kind",
@@ -39,6 +48,7 @@ class Entry:
         "phase",
         "request",
         "reserved_tokens",
+        "run_tokens",
         "seq",
         "static_masks",
         "waiting_since_us",
@@ -54,6 +64,8 @@ class Entry:
         """Per mode, the reasons that do not change while the request waits (model, hint, quality)."""
         self.eligible = eligible
         """Bit set of modes whose static mask is 0, less those whose context turned out too short."""
+        self.falls_back = False
+        """Quality forbids every mode, and the configuration has the reference serve it all the same."""
         self.parked = -1
         """Mode that the policy chose although it was full, or that it runs on; -1 = undecided."""
         self.held_at = -1
@@ -61,6 +73,9 @@ class Entry:
         self.num_held = 0
         """How often memory held it back."""
         self.expected_tokens = 0
+        """Output: the median of its length class; more once it has generated more than nine of ten do."""
+        self.expected_p90_tokens = 0
+        self.expected_p90_tokens = 0
         self.length_class: tuple[str, str, int, int] = ("", "", 0, 0)
         self.weight_tokens = request.num_prompt_tokens + request.max_tokens
         self.reserved_tokens = 0
@@ -68,6 +83,19 @@ class Entry:
         self.dispatched_us = 0
         self.first_token_us = 0
         self.num_cached_tokens = 0
+        self.cached_tokens: tuple[int, ...] | None = None
+        """Per mode, of the prompt's tokens those that are likely in its prefix cache; None: none anywhere."""
+        self.beside: tuple[int, int, int] = (0, 0, 0)
+        """At its dispatch, on its mode: other requests, their tokens, prompt tokens that still had to be read."""
+        self.num_busy = 0
+        """At its dispatch: other modes that ran something."""
+        self.marks: tuple[int, int, int, int, int] | None = None
+        """At its first token: the time, and the sums of `core/running.py`."""
+        self.averages: tuple[float, float, int, float] | None = None
+        """From its first token to its end: other requests, their tokens, prompt tokens read, other busy modes."""
+        self.end_us = 0
+        """When it is likely to end, once it runs."""
+        self.run_tokens = 0
         self.decision: Decision | None = None
         self.abort_reason = ""
         """Why a running attempt is being aborted: an error code, "cancel", or "" when it is not."""

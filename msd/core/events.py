@@ -169,7 +169,11 @@ class CoefficientsFitted(Struct, frozen=True):
 
 
 class QualityJudged(Struct, frozen=True):
-    """A shadow run ended. `difference`: score on trial less the reference's, -1..1; None: it came to nothing."""
+    """A shadow run ended.
+
+    `difference`: score on trial less the reference's, -1..1, where the right answer is known. `agrees`: both gave the
+    same answer; None: it came to nothing.
+    """
 
     t_us: int
     shadow_id: str
@@ -177,6 +181,7 @@ class QualityJudged(Struct, frozen=True):
     task: str
     difference: float | None
     num_tokens: int = 0
+    agrees: bool | None = None
 
 
 class ConfigChanged(Struct, frozen=True):

@@ -6,11 +6,26 @@ now, and an engine's gauges trail by a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msd.config import EngineConfig
-from msd.core.estimator import ModeEstimate
-from msd.domain import EngineInfo, EngineLoad, Mode
+from msd.core.energy_domain import Coefficients
+from msd.core.entry import Entry
+from msd.core.estimator import ModeEstimate, Sharing, batch_cell
+from msd.core.running import Running
+from msd.domain import EngineInfo, EngineLoad, Mask, Mode
+from msd.profile import Profile
+from msd.recipe import is_lossless
+
+_NO_BOUND = 1 << 62
+_HEALTH = int(Mask.HEALTH)
+_SLOTS = int(Mask.SLOTS)
+
+Folded = tuple[
+    int, int, int, int, int, float, float, float, float, float, float, float, float, list[float], list[float],
+    list[float] | None,
+]  # fmt: skip
+"""What a decision needs of one mode, as `ModeBook.fold` puts it together."""
 
 
 class ModeBook:
@@ -18,6 +33,7 @@ class ModeBook:
 
     __slots__ = (
         "estimate",
+        "folded",
         "info",
         "kv_capacity_tokens",
         "load",
@@ -29,6 +45,8 @@ class ModeBook:
         "num_running",
         "num_slots",
         "reserved_tokens",
+        "running",
+        "stale",
         "up",
     )
 
@@ -48,6 +66,71 @@ class ModeBook:
         self.reserved_tokens = 0
         self.num_decisions = 0
         self.estimate = ModeEstimate()
+        self.running = Running()
+        self.stale = True
+        """The books or the estimate changed since `folded` was made."""
+        self.folded: Folded = self.fold()
+
+    def fold(self) -> Folded:
+        """Put together what holds for every request until the books change: a decision computes the rest."""
+        estimate, running, num_running = self.estimate, self.running, self.num_running
+        mask = free = 0
+        max_len = room = _NO_BOUND
+        if self.up:
+            free = self.num_slots - num_running
+            if free <= 0:
+                mask = _SLOTS
+            if self.max_model_len is not None:
+                max_len = self.max_model_len
+            if num_running:
+                room = self.kv_capacity_tokens - self.reserved_tokens
+        else:
+            mask = _HEALTH
+        ttft, tpot = estimate.ttft, estimate.tpot
+        read_ms = ttft.b * 0.001
+        cell = batch_cell(num_running)
+        costs = estimate.costs
+        energy_row = None
+        prompt_mj = output_mj = -1.0
+        if costs is not None:
+            prompt_mj = costs.prefill_mj_per_token
+            output_mj = costs.step_mj / (num_running + 1) + costs.decode_mj_per_token
+            energy_row = estimate.energy_cells.rows[cell]
+        elif estimate.mj_per_token is not None:
+            prompt_mj = output_mj = estimate.mj_per_token
+        self.stale = False
+        self.folded = (
+            mask,
+            num_running,
+            free,
+            max_len,
+            room,
+            ttft.a + read_ms * running.unread_tokens + estimate.offset_ms(num_running, running.num_tokens),
+            read_ms,
+            ttft.c * 1e-6,
+            tpot.at(num_running, running.num_tokens * 1e-4),
+            tpot.b,
+            estimate.eos_step_ms,
+            prompt_mj,
+            output_mj,
+            estimate.ttft_cells.rows[cell],
+            estimate.tpot_cells.rows[cell],
+            energy_row,
+        )
+        return self.folded
+
+    def wait_ms(self, num_ahead: int, t_us: int) -> float:
+        """Expected wait for a slot of a full mode behind so many: until the next but `num_ahead` has ended."""
+        ends = self.running.ends
+        service_ms = self.estimate.service_ms
+        if not ends:
+            return service_ms * (num_ahead + 1) / self.num_slots
+        rounds, index = divmod(num_ahead, len(ends))
+        left_ms = (ends[index] - t_us) * 1e-3
+        if left_ms <= 0.0:
+            # Overdue: nobody knows how long, but not longer than it takes in the mean for so many to end.
+            left_ms = 0.5 * service_ms * (index + 1) / self.num_slots
+        return left_ms + rounds * service_ms
 
 
 class Fleet:
@@ -63,6 +146,13 @@ class Fleet:
         """Bit set of modes that are up and have a slot."""
         self.up = 0
         self.num_running = 0
+        self.num_busy = 0
+        """Modes that run something."""
+        self.sharing = Sharing()
+        self.end_us = 0
+        """Sum of the predicted ends of all that runs."""
+        self._busy_us = 0
+        self._busy_at_us = 0
         self.num_changes = 0
         """Counts what may make room: ends of requests, engines that come and go."""
         self.shortest_context = min((book.max_model_len or 0 for book in self.books), default=0)
@@ -92,10 +182,70 @@ class Fleet:
             self.up &= ~(1 << i)
             self._refresh(i)
 
-    def stepped(self, engine: str, load: EngineLoad) -> None:
-        """Take the engine's gauges."""
+    def stepped(self, t_us: int, engine: str, load: EngineLoad, progress: Sequence[tuple[str, int]]) -> None:
+        """Take the engine's gauges, and how far its requests have come."""
         for i in self._by_engine[engine]:
-            self.books[i].load = load
+            book = self.books[i]
+            book.load = load
+            running = book.running
+            if running.num:
+                before_us = running.end_us
+                tpot_ms = book.estimate.tpot_ms(running.num - 1, running.num_tokens)
+                running.progress(t_us, progress, tpot_ms * self.sharing.at(self.num_busy - 1))
+                self.end_us += running.end_us - before_us
+
+    def profiled(self, profile: Profile) -> None:
+        """Take what was measured of the modes on this host."""
+        for book in self.books:
+            known = profile.of(book.name)
+            if known is not None:
+                book.estimate.seed_profile(known)
+                book.stale = True
+
+    def fitted(self, coefficients: Mapping[str, Coefficients]) -> None:
+        """The energy model was fitted anew."""
+        for mode, costs in coefficients.items():
+            i = self.by_name.get(mode)
+            if i is not None:
+                self.books[i].estimate.costs = costs
+                self.books[i].stale = True
+
+    def dispatched(self, i: int, entry: Entry, t_us: int, e2el_ms: float) -> None:
+        """The request runs on mode i from now on, and is likely to take so long."""
+        running = self.books[i].running
+        self._add_busy(t_us)
+        running.join(entry, t_us, e2el_ms)
+        entry.num_busy = self.num_busy
+        if running.num == 1:
+            self.num_busy += 1
+        else:
+            entry.num_busy -= 1
+        self.end_us += entry.end_us
+        self.occupy(i, entry.reserved_tokens)
+
+    def first_token(self, entry: Entry, t_us: int) -> None:
+        """The running request has its first token."""
+        self._add_busy(t_us)
+        book = self.books[entry.parked]
+        book.running.first_token(entry, t_us, self._busy_us)
+        book.stale = True
+
+    def vacated(self, entry: Entry, t_us: int) -> None:
+        """The request runs no more."""
+        i = entry.parked
+        running = self.books[i].running
+        self._add_busy(t_us)
+        running.leave(entry, t_us, self._busy_us)
+        self.end_us -= entry.end_us
+        if not running.num:
+            self.num_busy -= 1
+        self.release(i, entry.reserved_tokens)
+
+    def _add_busy(self, t_us: int) -> None:
+        span_us = t_us - self._busy_at_us
+        if span_us > 0:
+            self._busy_us += self.num_busy * span_us
+            self._busy_at_us = t_us
 
     def occupy(self, i: int, reserved_tokens: int) -> None:
         """A request was dispatched to mode i."""
@@ -104,6 +254,11 @@ class Fleet:
         book.reserved_tokens += reserved_tokens
         book.num_decisions += 1
         self.num_running += 1
+        self._refresh(i)
+
+    def reserve(self, i: int, num_tokens: int) -> None:
+        """A request that runs on mode i needs so many KV tokens more than was thought."""
+        self.books[i].reserved_tokens += num_tokens
         self._refresh(i)
 
     def release(self, i: int, reserved_tokens: int) -> None:
@@ -144,6 +299,7 @@ class Fleet:
 
     def _refresh(self, i: int) -> None:
         book = self.books[i]
+        book.stale = True
         if book.up and book.num_running < book.num_slots:
             self.free |= 1 << i
         else:
@@ -161,6 +317,7 @@ def mode_of(engine: EngineConfig) -> Mode:
         prefix_caching=engine.prefix_caching,
         simulated=engine.kind != "vllm",
         quality=engine.quality,
+        lossless=is_lossless(engine),
     )
 
 

@@ -13,8 +13,11 @@ from typing import Literal
 from msgspec import Struct
 
 from msd.config import EnergyConfig
-from msd.core.energy_domain import Coefficients, Domain, Run, Share
-from msd.domain import CounterReading, Energy, EnergySource
+from msd.core.energy_domain import Coefficients, Domain, Equation, Share
+from msd.core.energy_run import Run
+from msd.core.idle_power import IdleFacts
+from msd.domain import CounterReading, Energy, EnergySource, GpuView
+from msd.profile import Profile
 
 Account = Literal["requests", "wasted"]
 WasteReason = Literal["aborted", "failed", "restarted", "shadow", "warmup", "switch"]
@@ -24,22 +27,33 @@ MAX_TENANTS = 1_024
 GIVE_UP_US = 30_000_000
 """A counter that does not move for this long keeps no ended request waiting."""
 MAX_UNSETTLED = 65_536
+THROTTLING = frozenset({"power_cap", "hw_slowdown", "sync_boost", "sw_thermal", "hw_thermal", "power_brake"})
+"""Reasons for lower clocks (NVML's 0x4 to 0x80) under which a mode's energy is not its own."""
+THROTTLED_AFTER_US = 1_000_000
+"""Throttle reasons are read once a second: an interval that soon after one may still be throttled."""
+MAX_VIEW_GAP_US = 2_000_000
+CLOCK_BAND_MHZ = 300
 
 
 class Booked(Struct, frozen=True):
-    """Energy of finished work under one heading; `reason` is empty for requests."""
+    """Energy of finished work under one heading; `reason` is empty for requests. Tokens of requests and of waste."""
 
     account: Account
     reason: str
     mode: str
     tenant: str
-    source: EnergySource
     energy_mj: int
+    estimated_mj: int
+    """What of `energy_mj` was estimated and not counted."""
     num_tokens: int
 
 
 class Accounts(Struct, frozen=True, kw_only=True):
-    """One domain as a table that adds up: the accounts, what runs, what waits = the counter's delta (mJ)."""
+    """One domain as a table that adds up: the accounts, what runs, what waits = the counter's delta (mJ).
+
+    In two columns: each account in all, and in `estimated_of` what of it was estimated, by the account's name
+    (`requests`, `wasted: failed`, `idle`, ...), where that is not 0.
+    """
 
     domain: str
     source: EnergySource
@@ -52,11 +66,17 @@ class Accounts(Struct, frozen=True, kw_only=True):
     counter_mj: int
     estimated_mj: int
     residue_mj: int
-    idle_w: float
+    estimated_of: dict[str, int]
+    idle: IdleFacts
     changed_us: int
 
+    @property
+    def idle_w(self) -> float:
+        """Idle power in use."""
+        return self.idle.power_mw / 1000
 
-_Heading = tuple[str, Account, str, str, str, EnergySource]
+
+_Heading = tuple[str, Account, str, str, str]
 
 
 class Ledger:
@@ -76,6 +96,11 @@ class Ledger:
         self._unsettled: deque[Run] = deque()
         self._resident: frozenset[str] = frozenset()
         self._booked: dict[_Heading, list[int]] = {}
+        """By (domain, account, reason, mode, tenant): energy, what of it is estimated, tokens."""
+        self._throttling: tuple[str, ...] = ()
+        self._viewed_us = 0
+        self.throttled_us: dict[str, int] = {}
+        """How long clocks were held down, by reason."""
         self._tenants: set[str] = set()
         self._next_serial = 0
 
@@ -95,8 +120,7 @@ class Ledger:
         run.serial = self._next_serial
         self._next_serial += 1
         for domain in self._domains.values():
-            domain.live[run.serial] = Share(run, 0.0)
-            run.num_unsettled += 1
+            domain.begin(run)
 
     def first_token(self, t_us: int, request_id: str, num_cached_tokens: int) -> None:
         """The prefill is done; tokens from the prefix cache cost nothing."""
@@ -123,7 +147,7 @@ class Ledger:
         """The attempt (or the owner's work) is over. Returns its provisional energy, `settled=False`.
 
         None: no counter, nothing will follow. Else `counter` or `expire` returns the final figure exactly once, except
-        for an attempt that is `restarted` and for owners: their energy concerns nobody but the books.
+        for an attempt that is `restarted`, a shadow and owners: their energy concerns nobody but the books.
         """
         run = self._running.pop(request_id, None)
         if run is None:
@@ -195,6 +219,32 @@ class Ledger:
             unsettled.popleft()
         return answers
 
+    def viewed(self, view: GpuView) -> None:
+        """Take the GPU's clocks: coefficients hold for one band of them, and nothing is learnt from throttled ones."""
+        since_us, self._viewed_us = self._viewed_us, view.t_us
+        for reason in self._throttling:
+            gap_us = min(MAX_VIEW_GAP_US, max(0, view.t_us - since_us))
+            self.throttled_us[reason] = self.throttled_us.get(reason, 0) + gap_us
+        reasons = view.throttle_reasons
+        self._throttling = tuple([reason for reason in reasons if reason in THROTTLING]) if reasons else ()
+        clock_band = (view.sm_clock_mhz or 0) // CLOCK_BAND_MHZ
+        for domain in self._counting:
+            domain.clock_band = clock_band
+            if self._throttling:
+                domain.throttled_until_us = view.t_us + THROTTLED_AFTER_US
+
+    def take_equations(self) -> list[Equation]:
+        """What the intervals settled since the last call tell about the coefficients; for `learning/energy_model.py`.
+
+        Of the first domain that counts: coefficients are those of one device.
+        """
+        if not self._counting:
+            return []
+        equations = self._counting[0].equations
+        taken = list(equations)
+        equations.clear()
+        return taken
+
     def fitted(self, coefficients: Mapping[str, Coefficients]) -> None:
         """The energy model was fitted anew: intervals split from now on go by it."""
         self._coefficients.update(coefficients)
@@ -225,34 +275,36 @@ class Ledger:
         # Simulated and measured energy are never summed: the first domain says which of them is meant.
         self._counting = tuple(d for d in counting if d.is_simulated == counting[0].is_simulated)
         for run in self._running.values():
-            domain.live[run.serial] = Share(run, run.position(reading.t_us))
-            run.num_unsettled += 1
+            domain.join(run)
 
     def _book(self, domain: Domain, share: Share, answers: list[tuple[str, Energy]], settled: bool) -> None:
         """Move a final balance to its account; the last domain of a run completes its answer."""
         run = share.run
-        energy_mj = share.dynamic_mj + share.static_mj
-        parts: list[tuple[EnergySource, int]] = [("simulated", energy_mj)]
-        if not domain.is_simulated:
-            parts = [("counter", energy_mj - share.estimated_mj), ("estimated", share.estimated_mj)]
         account: Account = "requests" if run.account == "requests" else "wasted"
-        num_tokens = run.tokens[-1]
-        for source, part_mj in parts:
-            if part_mj or num_tokens:
-                heading = (domain.name, account, run.reason, run.mode, run.tenant, source)
-                sums = self._booked.setdefault(heading, [0, 0])
-                sums[0] += part_mj
-                sums[1] += num_tokens
-            num_tokens = 0  # both columns belong to the same tokens: count them once
+        heading = (domain.name, account, run.reason, run.mode, run.tenant)
+        sums = self._booked.get(heading)
+        if sums is None:
+            sums = self._booked[heading] = [0, 0, 0]
+        sums[0] += share.dynamic_mj + share.static_mj
+        sums[1] += share.estimated_mj
+        sums[2] += run.tokens[-1]
         run.num_unsettled -= 1
-        run.settled.append((domain, share.dynamic_mj, share.static_mj, share.estimated_mj))
-        if run.num_unsettled or run.is_owner or run.reason == "restarted":
+        if run.is_owner or run.reason in _UNANSWERED:
             return
-        counted = [entry for entry in run.settled if entry[0] in self._counting]
-        dynamic_mj = sum(entry[1] for entry in counted)
-        static_mj = sum(entry[2] for entry in counted)
-        energy = self._energy(dynamic_mj, static_mj, any(entry[3] for entry in counted), settled)
-        answers.append((run.request_id, energy))
+        counting = self._counting
+        if domain is counting[0] and len(counting) == 1 and not run.num_unsettled:
+            dynamic_mj, static_mj, estimated_mj = share.dynamic_mj, share.static_mj, share.estimated_mj
+        else:
+            if run.counted is None:
+                run.counted = []
+            if domain in counting:
+                run.counted.append((share.dynamic_mj, share.static_mj, share.estimated_mj))
+            if run.num_unsettled:
+                return
+            dynamic_mj = sum(given[0] for given in run.counted)
+            static_mj = sum(given[1] for given in run.counted)
+            estimated_mj = sum(given[2] for given in run.counted)
+        answers.append((run.request_id, self._energy(dynamic_mj, static_mj, estimated_mj > 0, settled)))
 
     # --- the books ---------------------------------------------------------------------------------------------------
 
@@ -263,13 +315,22 @@ class Ledger:
     def _accounts_of(self, domain: Domain) -> Accounts:
         requests_mj = 0
         wasted_mj: dict[str, int] = {}
-        for (name, account, reason, *_), (energy_mj, _tokens) in self._booked.items():
+        estimated_of = {
+            "idle": domain.idle_estimated_mj,
+            "running": domain.running_estimated_mj,
+            "open": domain.open_estimated_mj,
+        }
+        for reason, estimated_mj in domain.unattributed_estimated_mj.items():
+            estimated_of[f"unattributed: {reason}"] = estimated_mj
+        for (name, account, reason, *_), (energy_mj, estimated_mj, _tokens) in self._booked.items():
             if name != domain.name:
                 continue
+            row = "requests" if account == "requests" else f"wasted: {reason}"
             if account == "requests":
                 requests_mj += energy_mj
             else:
                 wasted_mj[reason] = wasted_mj.get(reason, 0) + energy_mj
+            estimated_of[row] = estimated_of.get(row, 0) + estimated_mj
         booked_mj = requests_mj + sum(wasted_mj.values())
         return Accounts(
             domain=domain.name,
@@ -283,14 +344,28 @@ class Ledger:
             counter_mj=domain.counter_mj,
             estimated_mj=domain.estimated_mj,
             residue_mj=domain.residue_mj + domain.final_mj - booked_mj,
-            idle_w=domain.idle_mw(self._resident) / 1000,
+            estimated_of={row: energy_mj for row, energy_mj in estimated_of.items() if energy_mj},
+            idle=domain.idle_facts(self._resident),
             changed_us=domain.changed_us,
         )
 
     def booked(self, domain: str) -> tuple[Booked, ...]:
-        """What finished work used, by account, reason, mode, tenant and source; the tokens beside it give J/token."""
+        """What finished work used, by account, reason, mode and tenant; the tokens beside it give J/token."""
         return tuple(
-            Booked(account, reason, mode, tenant, source, energy_mj, num_tokens)
-            for (name, account, reason, mode, tenant, source), (energy_mj, num_tokens) in self._booked.items()
+            Booked(account, reason, mode, tenant, energy_mj, estimated_mj, num_tokens)
+            for (name, account, reason, mode, tenant), (energy_mj, estimated_mj, num_tokens) in self._booked.items()
             if name == domain
         )
+
+
+def coefficients_of(profile: Profile) -> dict[str, Coefficients]:
+    """First coefficients of the modes that a profile has measured."""
+    return {
+        mode.mode: Coefficients(mode.step_mj, mode.prefill_mj_per_token, mode.decode_mj_per_token)
+        for mode in profile.modes
+        if mode.step_mj is not None and mode.prefill_mj_per_token is not None and mode.decode_mj_per_token is not None
+    }
+
+
+_UNANSWERED = frozenset({"restarted", "shadow"})
+"""Waste that nobody asked for: no answer carries its energy."""

@@ -13,7 +13,7 @@ no free mode may serve.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
 from msd.core.entry import Entry, Phase
@@ -166,6 +166,22 @@ class FairQueue:
         lane = tenant.lanes[(entry.eligible, entry.parked)]
         self._count_out(cls, tenant, lane)
         lane.compact()
+
+    def withdraw(self, entries: Sequence[Entry]) -> None:
+        """Take these out for good, so that they may be pushed anew; call it after their phase changed.
+
+        Unlike `discard` it leaves no dead items behind, which would come to life again with the push.
+        """
+        lanes: dict[int, _Lane] = {}
+        for entry in entries:
+            cls = self._classes[entry.request.service_class]
+            tenant = cls.tenants[entry.request.tenant]
+            lane = tenant.lanes[(entry.eligible, entry.parked)]
+            self._count_out(cls, tenant, lane)
+            lanes[id(lane)] = lane
+        for lane in lanes.values():
+            lane.heap = [item for item in lane.heap if item[2].phase is Phase.WAITING]
+            heapify(lane.heap)
 
     def entries(self) -> Iterator[Entry]:
         """All that wait, in no order; for the checks and the drain."""

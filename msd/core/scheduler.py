@@ -8,27 +8,31 @@ After every event that frees a slot or adds work, `_fill` gives free slots to wa
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from heapq import heapify, heappop, heappush
 from random import Random
 from typing import Literal, assert_never
 
-from msd.config import Config, EnergyConfig, LimitsConfig
+from msd.config import Config, EnergyConfig, LimitsConfig, QualityConfig
 from msd.core import commands as c
 from msd.core import events as e
-from msd.core.admission import Admission, overflow_message
+from msd.core.admission import Admission, Static, overflow_message
+from msd.core.certificates import Certificates
 from msd.core.commands import Command
 from msd.core.entry import Entry, Phase
 from msd.core.events import Event
-from msd.core.features import Arrivals, extract
+from msd.core.features import Extractor
 from msd.core.feedback import Feedback
 from msd.core.fleet import Fleet, longest_context, mode_of
 from msd.core.ledger import Account, Ledger, WasteReason
+from msd.core.lengths import overrun
 from msd.core.queue import FairQueue
 from msd.core.router import Router
+from msd.core.shadow import Shadows
 from msd.domain import (
     Candidate,
+    Choice,
     Decision,
     Energy,
     FinishReason,
@@ -39,7 +43,7 @@ from msd.domain import (
     Request,
     Timings,
 )
-from msd.gate import GateFile
+from msd.gate import GateFile, Withdrawal
 from msd.policy import make_policy
 from msd.ports import Policy
 from msd.profile import Profile
@@ -82,14 +86,19 @@ class Scheduler:
         energy: EnergyConfig,
         tenant_weights: dict[str, int],
         rng: Random,
+        quality: QualityConfig | None = None,
+        certificates: Certificates | None = None,
     ) -> None:
         """`modes`: each with its slots and, where already known, the longest context of its engine."""
+        quality = quality or QualityConfig()
         self._limits = limits
         self.counts = Counts()
         self.fleet = Fleet(modes)
         self.ledger = Ledger(energy)
         self.queue = FairQueue(limits.class_weights, tenant_weights)
-        self.admission = Admission(limits, self.fleet)
+        self.certificates = certificates or Certificates([mode for mode, _, _ in modes], quality)
+        self.admission = Admission(limits, self.fleet, self.certificates, quality.all_masked == "reference")
+        self.shadows = Shadows(quality, self.certificates, self.fleet)
         self.decisions: deque[Decision] = deque(maxlen=limits.decisions_kept)
         self.reasons: Counter[tuple[str, str]] = Counter()
         """How often each (mode, reason) was decided; reasons are the policies' own, so they are few."""
@@ -98,7 +107,7 @@ class Scheduler:
         self.idle_with_backlog_us = 0
         self._router = Router(self.fleet, make_policy([mode for mode, _, _ in modes]), rng)
         self._feedback = Feedback(self.fleet, self._router)
-        self._arrivals = Arrivals()
+        self._extractor = Extractor(self.fleet)
         self._view: GpuView | None = None
         self._open: dict[str, Entry] = {}
         self._by_key: dict[tuple[str, str], Entry] = {}
@@ -111,12 +120,36 @@ class Scheduler:
 
     @classmethod
     def from_config(
-        cls, config: Config, rng: Random, *, gate: GateFile | None = None, profile: Profile | None = None
+        cls,
+        config: Config,
+        rng: Random,
+        *,
+        gate: GateFile | None = None,
+        recipes: Mapping[str, str] | None = None,
+        withdrawn: Sequence[Withdrawal] = (),
+        profile: Profile | None = None,
     ) -> Scheduler:
-        """A scheduler over the engines of `config`, each a mode. Raises ConfigError for an unknown policy or mode."""
+        """A scheduler over the engines of `config`, each a mode. Raises ConfigError for an unknown policy or mode.
+
+        `recipes`: hash of each engine's recipe (`msd.recipe.recipe_hashes`), by which `gate` knows them; `withdrawn`:
+        what earlier runs of the daemon took away from it.
+        """
         modes = [(mode_of(engine), engine.max_num_seqs, longest_context(engine)) for engine in config.engine]
         weights = {tenant.name: tenant.weight for tenant in config.tenant}
-        return cls(modes, partial(make_policy, config.policy), config.limits, config.energy, weights, rng)
+        certificates = Certificates([mode for mode, _, _ in modes], config.quality, gate, recipes, withdrawn)
+        made = cls(
+            modes,
+            partial(make_policy, config.policy),
+            config.limits,
+            config.energy,
+            weights,
+            rng,
+            config.quality,
+            certificates,
+        )
+        if profile is not None:
+            made.fleet.profiled(profile)
+        return made
 
     # --- what others may look at ---------------------------------------------------------------------------------
 
@@ -165,9 +198,12 @@ class Scheduler:
             case e.Completed():
                 self._on_completed(event)
             case e.EngineStepped():
-                self.fleet.stepped(event.engine, event.load)
+                self.fleet.stepped(event.t_us, event.engine, event.load, event.progress)
                 for request_id, num_tokens in event.progress:
                     self.ledger.progress(event.t_us, request_id, num_tokens)
+                    entry = self._open.get(request_id)
+                    if entry is not None and num_tokens > entry.expected_p90_tokens:
+                        self._on_overrun(entry, num_tokens)
             case e.CounterRead():
                 self._settle(self.ledger.counter(event.reading))
             case e.ViewTaken():
@@ -183,11 +219,13 @@ class Scheduler:
             case e.EngineUp():
                 self.ledger.ended(event.t_us, _start_of(event.info.engine), "wasted", "warmup")
                 self.fleet.engine_up(event.info)
+                self._extractor.engine_up(event.info)
                 self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
             case e.EngineLost():
                 self.ledger.ended(event.t_us, _start_of(event.engine), "wasted", "warmup")
                 self.fleet.engine_lost(event.engine)
+                self._extractor.engine_lost(event.engine)
                 self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
             case e.Refused():
@@ -202,8 +240,9 @@ class Scheduler:
                 self._on_recovered(event)
             case e.CoefficientsFitted():
                 self.ledger.fitted(event.coefficients)
+                self.fleet.fitted(event.coefficients)
             case e.QualityJudged():
-                pass  # TODO(gate)
+                self._on_quality_judged(event)
             case e.EngineAsleep():
                 pass  # TODO(residency)
             case e.ConfigChanged():
@@ -223,7 +262,7 @@ class Scheduler:
     def _on_submitted(self, event: e.Submitted) -> None:
         request = event.request
         self.counts.submitted += 1
-        self._arrivals.note(event.t_us)
+        self._extractor.arrivals.note(event.t_us)
         existing = self._by_key.get((request.tenant, request.client_request_id))
         if existing is not None:
             # Also while draining: the first one was accepted, and its answer is still to come.
@@ -263,8 +302,9 @@ class Scheduler:
         else:
             self._reject(request.request_id, "queue_full", "too many repeats of one request at once", 100)
 
-    def _admit(self, request: Request, static: tuple[tuple[int, ...], int]) -> Entry:
-        entry = Entry(request, *static)
+    def _admit(self, request: Request, static: Static) -> Entry:
+        entry = Entry(request, static.masks, static.eligible)
+        entry.falls_back = static.falls_back
         self._feedback.expect_length(entry)
         self._open[request.request_id] = entry
         self._by_key[(request.tenant, request.client_request_id)] = entry
@@ -276,8 +316,9 @@ class Scheduler:
         self.counts.submitted += 1
         static = self.admission.masks(request)
         entry = self._admit(request, static)
-        if not static[1]:
-            self._end(entry, event.t_us, "mode_unavailable", "no configured mode can serve this recovered request")
+        if not static.eligible:
+            refusal = self.admission.unreachable(request, static.masks)
+            self._end(entry, event.t_us, refusal.error_code, refusal.message)
         elif self._drain_until_us is not None:
             self._end(entry, event.t_us, "draining", _DRAINING)
         else:
@@ -337,6 +378,12 @@ class Scheduler:
     # --- waiting -------------------------------------------------------------------------------------------------
 
     def _enqueue(self, entry: Entry, t_us: int) -> None:
+        if not entry.eligible:
+            # The last mode that might serve it lost its certificate while it was stored, waited or ran.
+            entry.phase = Phase.APPENDING
+            refusal = self.admission.unreachable(entry.request, entry.static_masks)
+            self._end(entry, t_us, refusal.error_code, refusal.message)
+            return
         entry.phase = Phase.WAITING
         if not entry.seq:
             entry.seq = self._next_seq
@@ -377,6 +424,8 @@ class Scheduler:
                 closed |= entry.eligible
         for entry in held:
             queue.push(entry)
+        if self.shadows.num_running:
+            self._out += self.shadows.make_way(queue.num_waiting, at_once=self._drain_until_us is not None)
         self._note_idleness(t_us)
 
     def _route(self, entry: Entry, t_us: int) -> bool:
@@ -390,12 +439,14 @@ class Scheduler:
             self._withdraw(entry)
             self._expire(entry, t_us)
             return True
-        features = extract(entry, t_us, self.fleet, self.queue.num_waiting, self._arrivals.cv, self._view)
+        features = self._extractor.features(entry, t_us, self.queue.num_waiting, self._view)
         candidates = self._router.candidates(entry, features)
         choice = self._router.choose(features, candidates, entry.request.mode_hint)
         if choice is None:
             return self._set_aside(entry, t_us, candidates)
         arm = choice.arm
+        if entry.falls_back:
+            choice = Choice(arm, 1.0, "the reference mode: quality forbids every other")
         if candidates[arm].mask:
             # The policy would rather wait for a busy mode. It is asked again when that mode has a slot.
             entry.parked = arm
@@ -432,7 +483,8 @@ class Scheduler:
         entry.num_cached_tokens = 0
         entry.reserved_tokens = request.num_prompt_tokens + entry.expected_tokens
         self.admission.release(entry)
-        self.fleet.occupy(arm, entry.reserved_tokens)
+        self.fleet.dispatched(arm, entry, t_us, decision.candidates[arm].e2el_ms)
+        self._extractor.dispatched(entry, arm)
         self.ledger.started(t_us, request.request_id, decision.mode, request.num_prompt_tokens)
         self.decisions.append(decision)
         self.reasons[(decision.mode, decision.reason)] += 1
@@ -449,10 +501,23 @@ class Scheduler:
 
     def _on_first_token(self, event: e.FirstToken) -> None:
         entry = self._current(event.request_id, event.attempt)
-        if entry is not None:
+        if entry is None:
+            if self.shadows.knows(event.request_id):
+                self.ledger.first_token(event.t_us, event.request_id, event.num_cached_tokens)
+        else:
             entry.first_token_us = event.t_us
             entry.num_cached_tokens = event.num_cached_tokens
+            self._extractor.first_token(entry, event.num_cached_tokens)
+            self.fleet.first_token(entry, event.t_us)
             self.ledger.first_token(event.t_us, event.request_id, event.num_cached_tokens)
+
+    def _on_overrun(self, entry: Entry, num_tokens: int) -> None:
+        """It has generated more than nine of ten of its class do: expect more, and reserve memory for it."""
+        expected = overrun(num_tokens, entry.request.max_tokens)
+        if entry.phase is Phase.RUNNING and expected > entry.expected_tokens:
+            self.fleet.reserve(entry.parked, expected - entry.expected_tokens)
+            entry.reserved_tokens += expected - entry.expected_tokens
+            entry.expected_tokens = entry.expected_p90_tokens = expected
 
     def _on_finished(self, event: e.Finished) -> None:
         entry = self._current(event.request_id, event.attempt)
@@ -461,10 +526,12 @@ class Scheduler:
         t_us, num_tokens = event.t_us, event.num_completion_tokens
         if event.finish_reason != "abort":
             energy = self._vacate(entry, t_us, num_tokens)
+            self._shadow(entry, t_us)
             self._complete(entry, t_us, event.finish_reason, num_tokens, energy)
             self._feedback.finished(entry, t_us, event.finish_reason, num_tokens, energy is not None, self._out)
         else:
             energy = self._vacate(entry, t_us, num_tokens, wasted="aborted")
+            self._feedback.aborted(entry, num_tokens)
             if entry.abort_reason in ("", "cancel"):
                 self._complete(entry, t_us, "abort", num_tokens, energy)
             else:
@@ -502,7 +569,8 @@ class Scheduler:
         self, entry: Entry, t_us: int, num_tokens: int, *, wasted: WasteReason | Literal[""] = ""
     ) -> Energy | None:
         """The attempt left its engine; `wasted` says why nobody receives its work. Returns its provisional energy."""
-        self.fleet.release(entry.parked, entry.reserved_tokens)
+        self.fleet.vacated(entry, t_us)
+        self._extractor.ended(entry.parked, num_tokens)
         request = entry.request
         account: Account = "wasted" if wasted else "requests"
         return self.ledger.ended(t_us, request.request_id, account, wasted, request.tenant, num_tokens)
@@ -511,6 +579,46 @@ class Scheduler:
         for request_id, energy in settled:
             self._feedback.settled(request_id, energy, self._out)
             self._out.append(c.Settle(request_id, energy))
+
+    # --- quality in production -----------------------------------------------------------------------------------
+
+    def _shadow(self, entry: Entry, t_us: int) -> None:
+        """The entry has its answer: perhaps the reference mode answers it too. Before its Complete."""
+        if self._drain_until_us is not None:
+            return
+        shadow = self.shadows.begin(entry, self.queue.num_waiting)
+        if shadow is not None:
+            self.ledger.started(t_us, shadow.shadow_id, shadow.reference_mode, entry.request.num_prompt_tokens)
+            self._out.append(shadow)
+
+    def _on_quality_judged(self, event: e.QualityJudged) -> None:
+        if self.shadows.knows(event.shadow_id):
+            self.ledger.ended(event.t_us, event.shadow_id, "wasted", "shadow", num_tokens=event.num_tokens)
+        withdrawal = self.shadows.judged(event)
+        if withdrawal is not None:
+            self._out.append(c.Withdraw(withdrawal))
+            self._remask(event.t_us)
+            self._fill(event.t_us)
+
+    def _remask(self, t_us: int) -> None:
+        """A mode lost a certificate: nobody who still waits is sent there. Rare, so all open requests are looked at."""
+        self.admission.forget_masks()
+        changed = [
+            (entry, static)
+            for entry in self._open.values()
+            if (static := self.admission.masks(entry.request)).masks != entry.static_masks
+        ]
+        waiting = [entry for entry, _ in changed if entry.phase is Phase.WAITING]
+        for entry in waiting:
+            entry.phase = Phase.APPENDING
+        self.queue.withdraw(waiting)
+        for entry, static in changed:
+            entry.static_masks, entry.eligible, entry.falls_back = static.masks, static.eligible, static.falls_back
+        for entry in waiting:
+            if entry.parked >= 0:
+                self.fleet.unpark(entry.parked)
+                entry.parked = -1
+            self._enqueue(entry, t_us)
 
     # --- out -----------------------------------------------------------------------------------------------------
 

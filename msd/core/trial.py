@@ -1,0 +1,136 @@
+"""Is a mode as good as the reference? Tests by betting, valid at whatever moment one looks (modeswitch spec, section 5).
+
+Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting" (JRSS-B 2024): a capital that starts
+at 1 and bets on each pair against "the mean is (not) that low" can only grow beyond 1 / alpha by chance with
+probability alpha, over its whole life. The stake comes from earlier pairs only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+_PRIOR_WEIGHT = 20.0
+_PRIOR_VARIANCE = 0.0125
+_SUSPICION_WEIGHT = 500.0
+"""In production the stakes begin as if the mode lost twice what it may. Begun as the spec says, at no loss, a mode 3
+points worse was found within 4,000 pairs at 5 % disagreement in 94.7 % of 600 runs; like this in 97.2 % of 1,500."""
+_MEMORY_PAIRS = 4_000.0
+"""Stakes go by the latest pairs. The test holds for any stake that earlier pairs give; with all of history in it, a
+mode that was good for a year would take another year to be found out."""
+_CAPITAL_MOST = 1e12
+"""Far beyond any verdict; further it would only overflow."""
+
+
+class Bettor:
+    """Bets, value by value, that the mean of values in [0, 1] lies on one side of a bound."""
+
+    __slots__ = ("_bound", "_mean", "_sign", "_stake_most", "_variance", "_weight", "capital")
+
+    def __init__(
+        self, bound: float, side: Literal["above", "below"], mean: float = 0.5, weight: float = _PRIOR_WEIGHT
+    ) -> None:
+        """`bound`: strictly between 0 and 1. `mean`: what is expected at first, as if of `weight` pairs."""
+        assert 0 < bound < 1, bound
+        self._bound = bound
+        self._sign = 1.0 if side == "above" else -1.0
+        self._stake_most = 0.5 / bound if side == "above" else 0.5 / (1 - bound)
+        self._mean = mean
+        self._variance = _PRIOR_VARIANCE
+        self._weight = weight
+        self.capital = 1.0
+
+    def add(self, value: float) -> float:
+        """Take the next value; returns the factor by which the capital changed."""
+        gap = self._sign * (self._mean - self._bound)
+        factor = 1.0
+        if gap > 0:
+            stake = gap / (self._variance + gap * gap)
+            if stake > self._stake_most:
+                stake = self._stake_most
+            factor = 1 + stake * self._sign * (value - self._bound)
+            capital = self.capital * factor
+            self.capital = capital if capital < _CAPITAL_MOST else _CAPITAL_MOST
+        if self._weight < _MEMORY_PAIRS:
+            self._weight += 1
+        off = value - self._mean
+        self._mean += off / self._weight
+        self._variance += (off * (value - self._mean) - self._variance) / self._weight
+        return factor
+
+
+class Verdicts(Struct, frozen=True):
+    """What a batch of pairs says. `capital_*`: the evidence; 1 / alpha is a verdict. `num_pairs_*`: when it came."""
+
+    verdict: Literal["certified", "revoked", "undecided"]
+    capital_safe: float
+    capital_unsafe: float
+    num_pairs_safe: int | None
+    num_pairs_unsafe: int | None
+
+
+def try_batch(differences: list[float], delta: float, alpha: float) -> Verdicts:
+    """Both tests over paired differences of score (-1..1, mode less reference), in the order in which they came.
+
+    Certified: the loss is less than `delta`. Revoked: it is more. Found both ways, it is revoked.
+    """
+    bound = (1 - delta) / 2
+    safe, unsafe = Bettor(bound, "above"), Bettor(bound, "below")
+    at_safe = at_unsafe = None
+    for index, difference in enumerate(differences, 1):
+        value = (difference + 1) / 2
+        safe.add(value)
+        unsafe.add(value)
+        if at_safe is None and safe.capital * alpha >= 1:
+            at_safe = index
+        if at_unsafe is None and unsafe.capital * alpha >= 1:
+            at_unsafe = index
+    verdict: Literal["certified", "revoked", "undecided"] = "undecided"
+    if at_unsafe is not None:
+        verdict = "revoked"
+    elif at_safe is not None:
+        verdict = "certified"
+    return Verdicts(verdict, safe.capital, unsafe.capital, at_safe, at_unsafe)
+
+
+class Trial:
+    """A certified mode on one task in production: live pairs can only take the certificate away.
+
+    Where the right answer is known, a pair is a difference of scores; elsewhere, whether both gave the same answer,
+    and the null is the agreement that the gate measured, less delta. One capital runs through both kinds of pairs.
+    """
+
+    __slots__ = (
+        "_agreement", "_alpha", "_score", "capital", "is_over", "num_disagree", "num_pairs", "num_scored",
+        "sum_difference",
+    )  # fmt: skip
+
+    def __init__(self, delta: float, alpha: float, agreement: float) -> None:
+        """`agreement`: share of pairs with the same answer, as certified (0..1)."""
+        self._alpha = alpha
+        least = min(max(agreement - delta, 0.01), 0.99)
+        self._score = Bettor((1 - delta) / 2, "below", 0.5 - delta, _SUSPICION_WEIGHT)
+        self._agreement = Bettor(least, "below", least - delta, _SUSPICION_WEIGHT)
+        self.capital = 1.0
+        self.num_pairs = 0
+        self.num_scored = 0
+        self.num_disagree = 0
+        self.sum_difference = 0.0
+        self.is_over = False
+
+    def add(self, difference: float | None, agrees: bool) -> bool:
+        """Take a pair: its difference of scores, else whether the answers agree. True: the mode is found worse now."""
+        self.num_pairs += 1
+        self.num_disagree += not agrees
+        if difference is None:
+            factor = self._agreement.add(1.0 if agrees else 0.0)
+        else:
+            self.num_scored += 1
+            self.sum_difference += difference
+            factor = self._score.add((difference + 1) / 2)
+        self.capital = min(self.capital * factor, _CAPITAL_MOST)
+        if self.is_over or self.capital * self._alpha < 1:
+            return False
+        self.is_over = True
+        return True
