@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from random import Random
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import structs
 
 from msd.cli import terminal
 from msd.cli.options import Commands, add_json, count, natural
@@ -28,6 +30,7 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("--seed", type=natural, default=1, metavar="N", help="of everything (default 1)")
     parser.add_argument("--requests", type=count, default=2_000, metavar="N", help="how many (default 2000)")
+    parser.add_argument("--policy", metavar="NAME", help="who decides (default: what the seed draws)")
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -37,13 +40,22 @@ def run(options: argparse.Namespace) -> int:
     # Late: the simulation brings the whole daemon, and the other commands should start at once.
     import structlog
 
+    from msd.config import POLICY_NAMES
+    from msd.errors import ConfigError
+    from msd.sim.weather import draw
     from msd.sim.world import run_world
+
+    weather = draw(Random(options.seed), options.requests)
+    if options.policy:
+        if options.policy not in POLICY_NAMES:
+            raise ConfigError(f"no policy {options.policy!r}", remedy=f"one of {', '.join(POLICY_NAMES)}")
+        weather = structs.replace(weather, policy=options.policy)
 
     # A world's engines die by the dozen, on purpose; the report says what matters.
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
-        report = run_world(options.seed, options.requests)
+        report = run_world(options.seed, options.requests, weather=weather)
     finally:
         structlog.configure(**before)
     if options.json:
