@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 
 from msd import wire
+from msd.core.prefixes import hash_blocks
 from msd.domain import Prompt, Request, Sampling, Slo
 from msd.errors import MsdError
 from msd.ports import Offload, Tokenizer
@@ -57,13 +58,14 @@ class Acceptor:
     def accept(self, submit: wire.Submit, tenant: str, received_us: int) -> tuple[Request, Prompt]:
         """Build the request; `received_us` is when it came. Raises RefusedSubmitError."""
         model, tokenizer = self._resolve(submit)
-        return self._build(submit, tenant, received_us, model, _token_ids(submit, tokenizer))
+        token_ids = _token_ids(submit, tokenizer)
+        return self._build(submit, tenant, received_us, model, token_ids, hash_blocks(token_ids))
 
     async def accept_off_loop(self, submit: wire.Submit, tenant: str, received_us: int) -> tuple[Request, Prompt]:
         """The same with the tokenising done through the Offload port. Raises RefusedSubmitError."""
         model, tokenizer = self._resolve(submit)
-        token_ids = await self._offload.run(lambda: _token_ids(submit, tokenizer))
-        return self._build(submit, tenant, received_us, model, token_ids)
+        token_ids, prefix_hashes = await self._offload.run(lambda: _hashed_token_ids(submit, tokenizer))
+        return self._build(submit, tenant, received_us, model, token_ids, prefix_hashes)
 
     def _resolve(self, submit: wire.Submit) -> tuple[str | None, Tokenizer]:
         if submit.model is None:
@@ -77,7 +79,13 @@ class Acceptor:
         return submit.model, tokenizer
 
     def _build(
-        self, submit: wire.Submit, tenant: str, received_us: int, model: str | None, token_ids: tuple[int, ...]
+        self,
+        submit: wire.Submit,
+        tenant: str,
+        received_us: int,
+        model: str | None,
+        token_ids: tuple[int, ...],
+        prefix_hashes: tuple[int, ...],
     ) -> tuple[Request, Prompt]:
         self._num_accepted += 1
         slo, hint, sampling = submit.slo, submit.mode_hint, submit.sampling
@@ -105,6 +113,7 @@ class Acceptor:
             prefix_id=submit.prefix_id,
             ignore_eos=sampling.ignore_eos,
             stream=submit.stream,
+            prefix_hashes=prefix_hashes,
         )
         return request, Prompt(token_ids=token_ids, sampling=_sampling(sampling), tags=submit.tags)
 
@@ -132,6 +141,11 @@ def _token_ids(submit: wire.Submit, tokenizer: Tokenizer) -> tuple[int, ...]:
     if not token_ids:
         raise RefusedSubmitError("invalid_field", "Expected a prompt of at least one token - at `$.prompt`")
     return token_ids
+
+
+def _hashed_token_ids(submit: wire.Submit, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    token_ids = _token_ids(submit, tokenizer)
+    return token_ids, hash_blocks(token_ids)
 
 
 def _sampling(fields: wire.SamplingFields) -> Sampling:

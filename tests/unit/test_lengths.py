@@ -1,4 +1,4 @@
-"""The output-length learner: a median per class, bounded memory."""
+"""The output-length learner: a median and a 90th percentile per class, bounded memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from msd.core.lengths import LengthLearner
+from msd.core.lengths import LengthLearner, overrun
 from msd.domain import Request
 
 
@@ -34,13 +34,18 @@ def taught(lengths: list[int], **fields: object) -> LengthLearner:
 
 
 def expect(learner: LengthLearner, wanted: Request) -> int:
-    return learner.expect(wanted, learner.classify(wanted))
+    return learner.expect(wanted, learner.classify(wanted))[0]
+
+
+def expect_p90(learner: LengthLearner, wanted: Request) -> int:
+    return learner.expect(wanted, learner.classify(wanted))[1]
 
 
 def test_unseen_classes_expect_half_the_bound() -> None:
     learner = LengthLearner()
     assert expect(learner, request(max_tokens=256)) == 128
     assert expect(learner, request(max_tokens=1)) == 1
+    assert expect_p90(learner, request(max_tokens=256)) == 256
 
 
 def test_two_observations_are_not_yet_knowledge() -> None:
@@ -115,3 +120,48 @@ def test_memory_is_bounded_and_the_class_unused_for_longest_goes() -> None:
     assert len(learner._classes) <= 4_096
     assert expect(learner, request(tenant="kept")) == pytest.approx(10, rel=0.2)
     assert learner.classify(request(tenant="t0")) not in learner._classes
+
+
+# --- the 90th percentile, and what is not yet over -------------------------------------------------------------------
+
+
+def test_one_in_ten_is_longer_than_the_90th_percentile() -> None:
+    learner = taught([20] * 70 + [200] * 10 + [20] * 10 + [200] * 5 + [20] * 5)
+    assert expect(learner, request()) == pytest.approx(20, rel=0.2)
+    assert expect_p90(learner, request()) == pytest.approx(200, rel=0.2)
+    assert expect_p90(taught([20] * 96 + [200] + [20] * 3), request()) == pytest.approx(20, rel=0.2)
+    assert learner.expect(request(max_tokens=150), learner.classify(request())) == (expect(learner, request()), 150)
+    assert expect_p90(learner, request(ignore_eos=True)) == 256
+
+
+def test_an_abort_says_that_it_would_have_been_no_shorter() -> None:
+    learner = taught([8] * 20 + [100] * 20)
+    cls = learner.classify(request())
+    for _ in range(60):
+        learner.learn_at_least(cls, 50)
+    # All that is known beyond 50 is 100: that is where they would have gone.
+    assert expect(learner, request()) == pytest.approx(100, rel=0.2)
+    early = taught([8] * 20 + [100] * 21)
+    before = early.expect(request(), cls)
+    for _ in range(60):
+        early.learn_at_least(cls, 1)
+    assert early.expect(request(), cls) == before, "an abort at the first token says nothing"
+
+
+def test_an_abort_beyond_all_that_was_seen_counts_as_its_length() -> None:
+    learner = taught([8] * 10)
+    for _ in range(100):
+        learner.learn_at_least(learner.classify(request()), 60)
+    assert expect(learner, request()) == pytest.approx(60, rel=0.2)
+
+
+def test_aborts_alone_teach_nothing() -> None:
+    learner = LengthLearner()
+    for _ in range(10):
+        learner.learn_at_least(learner.classify(request()), 10)
+    assert expect(learner, request()) == 128
+
+
+def test_who_is_past_expectation_is_expected_to_go_on() -> None:
+    assert overrun(100, 1_000) == 150
+    assert overrun(100, 120) == 120
