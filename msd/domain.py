@@ -112,6 +112,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     """TTFT of the warm-up request, alone on the engine: the estimator's first prior."""
     idle_tpot_ms: float = 0.0
     start_s: float = 0.0
+    can_sleep: bool = True
+    """Whether it can leave the GPU without being stopped."""
 
 
 class EngineLoad(Struct, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from msd.core.fleet import Fleet, longest_context, mode_of
 from msd.core.ledger import Account, Ledger, WasteReason
 from msd.core.lengths import overrun
 from msd.core.queue import FairQueue
+from msd.core.residency import Residency
 from msd.core.router import Router
 from msd.core.shadow import Shadows
 from msd.domain import (
@@ -108,6 +109,8 @@ class Scheduler:
         self._router = Router(self.fleet, make_policy([mode for mode, _, _ in modes]), rng)
         self._feedback = Feedback(self.fleet, self._router)
         self._extractor = Extractor(self.fleet)
+        self.residency: Residency | None = None
+        """Only where an engine may move."""
         self._view: GpuView | None = None
         self._open: dict[str, Entry] = {}
         self._by_key: dict[tuple[str, str], Entry] = {}
@@ -149,7 +152,24 @@ class Scheduler:
         )
         if profile is not None:
             made.fleet.profiled(profile)
+        if any(engine.residency == "auto" for engine in config.engine):
+            made._plan_residency(config, profile)
         return made
+
+    def _plan_residency(self, config: Config, profile: Profile | None) -> None:
+        """Have the engines that may move brought and sent away by plan."""
+        simulated = any(engine.kind == "sim" for engine in config.engine)
+        self.residency = Residency(
+            config.residency,
+            config.policy.cost,
+            config.engine,
+            self.fleet,
+            self._safe_modes,
+            self._evict,
+            lambda: (entry.eligible for entry in self.queue.entries()),
+            profile=profile,
+            total_bytes=config.telemetry.sim_memory_bytes if simulated else None,
+        )
 
     # --- what others may look at ---------------------------------------------------------------------------------
 
@@ -217,14 +237,18 @@ class Scheduler:
             case e.EngineStarting():
                 self.ledger.work_started(event.t_us, _start_of(event.engine), event.engine)
             case e.EngineUp():
-                self.ledger.ended(event.t_us, _start_of(event.info.engine), "wasted", "warmup")
+                self._on_engine_settled(event.t_us, event.info.engine)
                 self.fleet.engine_up(event.info)
+                if self.residency is not None:
+                    self.residency.engine_up(event.t_us, event.info)
                 self._extractor.engine_up(event.info)
                 self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
             case e.EngineLost():
-                self.ledger.ended(event.t_us, _start_of(event.engine), "wasted", "warmup")
+                self._on_engine_settled(event.t_us, event.engine)
                 self.fleet.engine_lost(event.engine)
+                if self.residency is not None:
+                    self.residency.engine_lost(event.t_us, event.engine)
                 self._extractor.engine_lost(event.engine)
                 self.ledger.resident(self.fleet.resident())
                 self._fill(event.t_us)
@@ -244,7 +268,12 @@ class Scheduler:
             case e.QualityJudged():
                 self._on_quality_judged(event)
             case e.EngineAsleep():
-                pass  # TODO(residency)
+                self._on_engine_settled(event.t_us, event.engine)
+                if self.residency is not None:
+                    self.residency.engine_left(event.t_us, event.engine, event.residence, event.took_s)
+                self._extractor.engine_lost(event.engine)
+                self.ledger.resident(self.fleet.resident())
+                self._fill(event.t_us)
             case e.ConfigChanged():
                 modes = [book.mode for book in self.fleet.books]
                 self._router.policy = make_policy(event.policy, modes)
@@ -309,6 +338,8 @@ class Scheduler:
         self._open[request.request_id] = entry
         self._by_key[(request.tenant, request.client_request_id)] = entry
         self.admission.reserve(entry)
+        if self.residency is not None:
+            self.residency.arrived(request.num_prompt_tokens, entry.expected_tokens, entry.eligible)
         return entry
 
     def _on_recovered(self, event: e.Recovered) -> None:
@@ -530,9 +561,16 @@ class Scheduler:
             self._complete(entry, t_us, event.finish_reason, num_tokens, energy)
             self._feedback.finished(entry, t_us, event.finish_reason, num_tokens, energy is not None, self._out)
         else:
-            energy = self._vacate(entry, t_us, num_tokens, wasted="aborted")
+            is_moved = entry.abort_reason == "move"
+            energy = self._vacate(entry, t_us, num_tokens, wasted="restarted" if is_moved else "aborted")
             self._feedback.aborted(entry, num_tokens)
-            if entry.abort_reason in ("", "cancel"):
+            if is_moved and self._drain_until_us is None:
+                entry.num_moves += 1
+                entry.abort_reason = ""
+                self._restart(entry, t_us, "engine_left")
+            elif is_moved:
+                self._end(entry, t_us, "draining", "its engine had to leave while the daemon was stopping")
+            elif entry.abort_reason in ("", "cancel"):
                 self._complete(entry, t_us, "abort", num_tokens, energy)
             else:
                 self._end(entry, t_us, entry.abort_reason, "aborted: the daemon stopped before the request finished")
@@ -551,18 +589,13 @@ class Scheduler:
             self._end(entry, t_us, event.error_code, event.message)
         elif entry.abort_reason == "cancel":
             self._end_unrun(entry, t_us)
-        elif entry.attempt >= self._limits.max_attempts:
+        elif entry.attempt - entry.num_moves >= self._limits.max_attempts:
             message = f"its engine died in each of {entry.attempt} attempts; the last: {event.message}"
             self._end(entry, t_us, "dead_letter", message)
         elif self._drain_until_us is not None:
             self._end(entry, t_us, "draining", "its engine was lost while the daemon was stopping")
         else:
-            self.counts.restarts += 1
-            entry.parked = -1
-            entry.waiting_since_us = t_us
-            self.admission.reserve(entry)
-            self._out.append(c.Restart(event.request_id, entry.attempt + 1, "engine_lost"))
-            self._enqueue(entry, t_us)
+            self._restart(entry, t_us, "engine_lost")
         self._fill(t_us)
 
     def _vacate(
@@ -721,13 +754,14 @@ class Scheduler:
 
     def _on_cancelled(self, event: e.Cancelled) -> None:
         entry = self._open.get(event.request_id)
-        if entry is None or entry.abort_reason:
+        if entry is None or entry.abort_reason not in ("", "move"):
             return
+        is_aborted = entry.abort_reason == "move"
         entry.abort_reason = "cancel"
         if entry.phase is Phase.WAITING:
             self._end_unrun(entry, event.t_us)
             self._note_idleness(event.t_us)
-        elif entry.phase is Phase.RUNNING:
+        elif entry.phase is Phase.RUNNING and not is_aborted:
             self._out.append(c.Abort(event.request_id, entry.attempt))
 
     def _on_tick(self, t_us: int) -> None:
@@ -740,8 +774,56 @@ class Scheduler:
                 self._expire(entry, t_us)
         if self._drain_until_us is not None:
             self._drain(t_us)
+        elif self.residency is not None:
+            for command in self.residency.tick(t_us, self._view):
+                self._on_transit(t_us, command)
         self._settle(self.ledger.expire(t_us))
         self._fill(t_us)
+
+    def _safe_modes(self, model: str) -> int:
+        """Bit set of the modes that may serve a request of this model whose task is not known."""
+        probe = Request(
+            request_id="", client_request_id="", tenant="", content_hash=b"", received_us=0, num_prompt_tokens=1,
+            max_tokens=1, model=model,
+        )  # fmt: skip
+        return self.admission.masks(probe).eligible
+
+    # --- engines that come and go --------------------------------------------------------------------------------
+
+    def _on_transit(self, t_us: int, command: c.Transit) -> None:
+        """An engine moves: work that no request asked for. A start books itself."""
+        assert self.residency is not None, "an engine moves without a plan"
+        if command.to != "resident" or self.residency.residence_of(command.engine)[0] == "asleep":
+            self.ledger.work_started(t_us, _switch_of(command.engine), command.engine)
+        self._out.append(command)
+
+    def _on_engine_settled(self, t_us: int, engine: str) -> None:
+        """What an engine did on nobody's behalf is over."""
+        by_plan = self.residency is not None and self.residency.is_switching(engine)
+        self.ledger.ended(t_us, _start_of(engine), "wasted", "switch" if by_plan else "warmup")
+        self.ledger.ended(t_us, _switch_of(engine), "wasted", "switch")
+
+    def _evict(self, engine: str) -> int:
+        """Abort what runs on an engine that has to leave; it goes back to the queue."""
+        num = 0
+        for entry in self._open.values():
+            decision = entry.decision
+            if decision is None or decision.engine != engine or entry.phase is not Phase.RUNNING:
+                continue
+            if not entry.abort_reason:
+                entry.abort_reason = "move"
+                num += 1
+                self._out.append(c.Abort(entry.request.request_id, entry.attempt))
+        return num
+
+    def _restart(self, entry: Entry, t_us: int, reason: str) -> None:
+        """The attempt came to nothing, and not by the request: it waits again."""
+        self.counts.restarts += 1
+        entry.parked = -1
+        entry.waiting_since_us = t_us
+        self.admission.reserve(entry)
+        self._out.append(c.Restart(entry.request.request_id, entry.attempt + 1, reason))
+        self._enqueue(entry, t_us)
 
     def _drain(self, t_us: int) -> None:
         """What waits is answered; what runs may go on until the limit, then it is aborted. Once per request."""
@@ -755,7 +837,7 @@ class Scheduler:
             self._end(entry, t_us, "draining", "the daemon stopped before the request ran; submit it again")
         if t_us >= self._drain_until_us:
             for entry in self._open.values():
-                if entry.phase is Phase.RUNNING and not entry.abort_reason:
+                if entry.phase is Phase.RUNNING and entry.abort_reason in ("", "move"):
                     entry.abort_reason = "draining"
                     self._out.append(c.Abort(entry.request.request_id, entry.attempt))
 
@@ -771,6 +853,11 @@ class Scheduler:
             self._idle_since_us = -1
         if not self.fleet.num_running and self.queue.num_waiting and self.fleet.up and self._drain_until_us is None:
             self._idle_since_us = t_us
+
+
+def _switch_of(engine: str) -> str:
+    """The ledger's owner of an engine's way to sleep and back."""
+    return f"switch of {engine}"
 
 
 def _start_of(engine: str) -> str:

@@ -1,0 +1,124 @@
+"""What traffic asks for: rates per coarse class (prompt x output x modes allowed), over 30 s and over 300 s.
+
+Counting a request is one dict look-up; averages are made when a plan is.
+"""
+
+from __future__ import annotations
+
+from math import exp
+
+from msgspec import Struct
+
+FAST_S, SLOW_S = 30.0, 300.0
+MAX_CLASSES = 12
+"""More are merged into the largest one of the same modes: a plan's cost grows with them."""
+_NEGLIGIBLE = 1e-4
+"""Requests a second of the slow average below which a class is forgotten."""
+
+
+class Class(Struct, frozen=True):
+    """One class of traffic. Rates in requests a second, tokens are means."""
+
+    fast_per_s: float
+    slow_per_s: float
+    num_prompt_tokens: float
+    num_output_tokens: float
+    eligible: int
+    """Bit set of the modes that may serve it."""
+
+
+class _Sums:
+    """Of one class since the last fold, and its averages."""
+
+    __slots__ = ("eligible", "fast", "num", "num_output", "num_prompt", "output", "prompt", "slow")
+
+    def __init__(self, eligible: int) -> None:
+        self.eligible = eligible
+        self.num = self.prompt = self.output = 0
+        self.fast = self.slow = 0.0
+        self.num_prompt = self.num_output = 0.0
+
+
+class Demand:
+    """Counts arrivals; `fold` turns them into averages, corrected for the short time they have run at first."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int, int, int], _Sums] = {}
+        self._began_us = -1
+        self._folded_us = -1
+
+    def note(self, num_prompt_tokens: int, num_output_tokens: int, eligible: int) -> None:
+        """A request arrived."""
+        key = (num_prompt_tokens.bit_length(), num_output_tokens.bit_length(), eligible)
+        sums = self._sums.get(key)
+        if sums is None:
+            sums = self._sums[key] = _Sums(eligible)
+        sums.num += 1
+        sums.prompt += num_prompt_tokens
+        sums.output += num_output_tokens
+
+    def fold(self, t_us: int) -> list[Class]:
+        """The classes as of now, largest work first."""
+        if self._began_us < 0:
+            self._began_us = self._folded_us = t_us
+            return []
+        span_s = (t_us - self._folded_us) * 1e-6
+        if span_s <= 0:
+            return []
+        self._folded_us = t_us
+        age_s = (t_us - self._began_us) * 1e-6
+        fast_gain, slow_gain = 1.0 - exp(-span_s / FAST_S), 1.0 - exp(-span_s / SLOW_S)
+        fast_weight, slow_weight = 1.0 - exp(-age_s / FAST_S), 1.0 - exp(-age_s / SLOW_S)
+        classes = []
+        for key, sums in list(self._sums.items()):
+            rate = sums.num / span_s
+            sums.fast += fast_gain * (rate - sums.fast)
+            sums.slow += slow_gain * (rate - sums.slow)
+            if sums.num:
+                gain = fast_gain if sums.num_prompt else 1.0
+                sums.num_prompt += gain * (sums.prompt / sums.num - sums.num_prompt)
+                sums.num_output += gain * (sums.output / sums.num - sums.num_output)
+                sums.num = sums.prompt = sums.output = 0
+            elif sums.slow < _NEGLIGIBLE:
+                del self._sums[key]
+                continue
+            classes.append(
+                Class(
+                    sums.fast / fast_weight,
+                    sums.slow / slow_weight,
+                    sums.num_prompt,
+                    sums.num_output,
+                    sums.eligible,
+                )
+            )
+        classes.sort(key=_work, reverse=True)
+        return _merged(classes)
+
+
+def _work(traffic: Class) -> float:
+    return (traffic.fast_per_s + traffic.slow_per_s) * (traffic.num_prompt_tokens * 0.01 + traffic.num_output_tokens)
+
+
+def _merged(classes: list[Class]) -> list[Class]:
+    """At most MAX_CLASSES and one per set of modes: small ones go to the largest class of the same modes."""
+    kept, rest = classes[:MAX_CLASSES], classes[MAX_CLASSES:]
+    for small in rest:
+        for i, large in enumerate(kept):
+            if large.eligible == small.eligible:
+                kept[i] = _add(large, small)
+                break
+        else:
+            kept.append(small)
+    return kept
+
+
+def _add(a: Class, b: Class) -> Class:
+    weight_a, weight_b = a.fast_per_s + a.slow_per_s, b.fast_per_s + b.slow_per_s
+    share = weight_b / max(1e-12, weight_a + weight_b)
+    return Class(
+        a.fast_per_s + b.fast_per_s,
+        a.slow_per_s + b.slow_per_s,
+        a.num_prompt_tokens + share * (b.num_prompt_tokens - a.num_prompt_tokens),
+        a.num_output_tokens + share * (b.num_output_tokens - a.num_output_tokens),
+        a.eligible,
+    )

@@ -1,0 +1,723 @@
+"""Which engines with `residency = "auto"` are on the GPU, asleep or cold: the plan, and the way from one to the next.
+
+A plan is made every few seconds, off the path of requests. It looks at each set of engines that fits into memory and
+keeps a quality-safe mode of every model, and moves from S to S' only if, on the averages of 30 s and of 300 s alike,
+
+    H * (V(S) - V(S')) > h * K(S -> S')
+
+V is the cost of serving the present traffic (`core/worth.py`); H is the horizon, or how long a mix has lasted so far;
+K is what the move costs: requests that wait for it, the detour of the others, and the copying. A set stays for a dwell,
+no engine goes back where it came from within two, and h doubles whenever that was wanted (modeswitch spec, section 7).
+An engine that died, a mode that was revoked, or memory that somebody else took need no gain and no dwell; only the one
+transition at a time holds for them too. The lost prefix cache and idle watts are not in K: neither is known here.
+
+An engine leaves in three steps: nothing is routed to it, its requests end (or are moved after `drain_s`), it goes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from math import ceil
+
+from msgspec import Struct
+
+from msd.config import CostConfig, EngineConfig, ResidencyConfig
+from msd.core.commands import Transit
+from msd.core.demand import Class, Demand
+from msd.core.fleet import Fleet, ModeBook
+from msd.core.memory import Budget, Need, budget_of, maximal_sets, need_of, put_away
+from msd.core.worth import Curve, Worth
+from msd.domain import EngineInfo, GpuView, Residence
+from msd.profile import ModeProfile, Profile
+
+ENUMERATED = 10
+"""Up to this many engines all sets are looked at; beyond, neighbours of the present one."""
+MAX_EVALUATIONS = 120
+"""Sets judged per plan: about 2 ms."""
+MAX_WEIGHED = 12
+"""Of the best ones, whose transition is priced."""
+NOISE = 0.03
+"""A gain below this share of V(S) is within the model's error."""
+COPY_SHARE = 0.1
+"""Assumed: what a transition takes from the engines that go on, as a share of their work."""
+MIX_LEAST_S, MIX_REMEMBERED_US = 10.0, 3_600_000_000
+CALM_US = 600_000_000
+BACKOFF_MOST = 16.0
+COST_ALPHA = 0.3
+FIRST_SLEEP_S, FIRST_WAKE_S, FIRST_START_S = 1.0, 1.0, 60.0
+"""Until measured or profiled."""
+COLD_DWELLS = 10.0
+"""A set that came by a cold start stays this many times as long as the start took."""
+LEARNT = 3
+"""Requests after which an estimate is worth more than the profile."""
+VIEW_WAIT_US = 1_000_000
+"""How long the first plan waits for a view of the GPU."""
+ROOM_WAIT_US = 5_000_000
+"""How long an engine that was to come waits until the view shows room for it; then the plan is dropped."""
+MAX_WAITING_LOOKED_AT = 1_000
+
+
+class _Auto:
+    """One engine that may move: where it is, what its transitions took, when it last moved."""
+
+    __slots__ = (
+        "can_sleep", "changed_us", "config", "modes", "name", "need", "profile", "residence", "sleep_s", "start_s",
+        "wake_s",
+    )  # fmt: skip
+
+    def __init__(self, config: EngineConfig, modes: int, profile: ModeProfile | None) -> None:
+        self.config = config
+        self.name = config.name
+        self.modes = modes
+        self.need = Need(0)
+        self.residence: Residence = "cold"
+        self.can_sleep = True
+        self.profile = profile
+        self.changed_us: int | None = None
+        """Last time that a plan moved it; None: never."""
+        self.start_s = profile.start_s if profile is not None and profile.start_s else FIRST_START_S
+        self.sleep_s = FIRST_SLEEP_S if profile is None or profile.sleep_s is None else profile.sleep_s
+        self.wake_s = FIRST_WAKE_S if profile is None or profile.wake_s is None else profile.wake_s
+        if config.kind == "sim":
+            self.start_s = config.sim.start_s
+        elif profile is not None and profile.sleep_s is None:
+            self.can_sleep = False
+
+    @property
+    def enter_s(self) -> float:
+        """How long it takes to come from where it is."""
+        return self.wake_s if self.residence == "asleep" else self.start_s
+
+
+class Move(Struct, frozen=True):
+    """One planned switch, for status and tests."""
+
+    t_us: int
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    reason: str
+    gain_per_s: float
+    cost: float
+
+
+class ResidencyFigures(Struct, frozen=True, kw_only=True):
+    """What the planner has done so far."""
+
+    num_switches: int = 0
+    num_emergencies: int = 0
+    num_moved_requests: int = 0
+    """Requests that were moved to another engine because theirs had to leave."""
+    num_dropped_plans: int = 0
+    """Given up because the GPU had no room after all, or an engine did not come."""
+    transition_s: float = 0.0
+    backoff: float = 1.0
+
+
+class Residency:
+    """Plans, and takes one engine at a time where the plan wants it. Told of time and events, returns commands."""
+
+    def __init__(
+        self,
+        config: ResidencyConfig,
+        cost: CostConfig,
+        engines: Sequence[EngineConfig],
+        fleet: Fleet,
+        safe_modes: Callable[[str], int],
+        evict: Callable[[str], int],
+        waiting: Callable[[], Iterator[int]],
+        *,
+        profile: Profile | None = None,
+        total_bytes: int | None = None,
+    ) -> None:
+        """`safe_modes(model)`: bit set of the modes that may serve a request of unknown task.
+
+        `evict(engine)`: abort what runs there and send it elsewhere; returns how many. `waiting`: the modes allowed
+        (bit sets) of each request that waits. `total_bytes`: the GPU's memory, where it is known without a view.
+        """
+        self._config = config
+        self._cost = cost
+        self._fleet = fleet
+        self._safe_modes = safe_modes
+        self._evict = evict
+        self._waiting = waiting
+        self._total_bytes = total_bytes
+        self._profile = profile
+        self._engines = engines
+        self._autos: list[_Auto] = []
+        self._always = 0
+        for engine in engines:
+            modes = fleet.modes_of(engine.name)
+            if engine.residency == "auto":
+                self._autos.append(_Auto(engine, modes, profile.of(engine.name) if profile is not None else None))
+                fleet.engine_left(engine.name, "cold")
+            else:
+                self._always |= modes
+        self._index = {auto.name: i for i, auto in enumerate(self._autos)}
+        self._models = tuple(dict.fromkeys(engine.model for engine in engines))
+        self._demand = Demand()
+        self._moves: deque[tuple[int, Residence]] = deque()
+        self._moving = -1
+        self._to: Residence = "resident"
+        self._told = False
+        """The command for the engine under way was given."""
+        self._evicted = False
+        self._since_us = 0
+        self._drain_until_us = 0
+        self._room_until_us = 0
+        self._began_us = -1
+        self._planned = False
+        self._plan_us = 0
+        self._settled_us = 0
+        """When the present set was complete."""
+        self._adopted_us = 0
+        self._left_us = -1
+        """When the last engine left the GPU: an older view does not show its room."""
+        self._dwell_us = round(config.min_dwell_s * 1e6)
+        self._backoff = 1.0
+        self._doubled_us = 0
+        self._regretted_us = -1
+        self._favourite = -1
+        self._favoured_us: deque[int] = deque(maxlen=256)
+        self._maximal: tuple[tuple[int, ...], int | None, list[int]] = ((), None, [])
+        self.history: deque[Move] = deque(maxlen=256)
+        self._num_plans = 0
+        self._num_switches = self._num_emergencies = self._num_moved = self._num_dropped = 0
+        self._transition_us = 0
+
+    # --- what others tell it -----------------------------------------------------------------------------------------
+
+    def arrived(self, num_prompt_tokens: int, num_output_tokens: int, eligible: int) -> None:
+        """A request was admitted."""
+        self._demand.note(num_prompt_tokens, num_output_tokens, eligible)
+
+    def is_leaving(self, engine: str) -> bool:
+        """Whether nothing may be routed there any more."""
+        return self._moving >= 0 and self._autos[self._moving].name == engine and self._to != "resident"
+
+    def is_switching(self, engine: str) -> bool:
+        """Whether the engine is on its way by a plan."""
+        return self._planned and self._moving >= 0 and self._autos[self._moving].name == engine
+
+    def engine_up(self, t_us: int, info: EngineInfo) -> None:
+        """An engine is warm: it was started or woken, by a plan or after its death."""
+        i = self._index.get(info.engine, -1)
+        if i < 0:
+            return
+        auto = self._autos[i]
+        auto.can_sleep = info.can_sleep
+        if self._moving == i and self._to == "resident":
+            took_s = (t_us - self._since_us) * 1e-6
+            if auto.residence == "asleep":
+                auto.wake_s += COST_ALPHA * (took_s - auto.wake_s)
+            else:
+                auto.start_s = info.start_s or took_s
+            auto.residence = "resident"
+            self._arrive(t_us)
+        elif self._moving != i:
+            auto.residence = "resident"
+
+    def engine_left(self, t_us: int, engine: str, residence: Residence, took_s: float) -> None:
+        """An engine is asleep or cold."""
+        i = self._index.get(engine, -1)
+        if i < 0:
+            return
+        auto = self._autos[i]
+        if self._moving == i and self._to == "asleep":
+            auto.can_sleep = residence == "asleep"
+        if auto.residence == "resident":
+            auto.sleep_s += COST_ALPHA * (took_s - auto.sleep_s)
+        auto.residence = residence
+        self._left_us = t_us
+        self._fleet.engine_left(engine, residence)
+        if self._moving == i:
+            self._arrive(t_us)
+
+    def engine_lost(self, t_us: int, engine: str) -> None:
+        """An engine died, or did not come. The pool starts it anew; what was planned beside it is dropped."""
+        i = self._index.get(engine, -1)
+        if i < 0:
+            return
+        auto = self._autos[i]
+        if auto.residence == "asleep" and self._moving != i:
+            auto.residence = "cold"
+            self._fleet.engine_left(engine, "cold")
+            return
+        if self._moving == i and self._to == "resident":
+            # It is wanted there: to come back is the pool's work from now on.
+            auto.residence = "resident"
+            self._fleet.wanted(engine)
+            self._drop()
+            self._arrive(t_us)
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def tick(self, t_us: int, view: GpuView | None) -> list[Transit]:
+        """Go on with what is under way, or make a plan when one is due."""
+        if self._began_us < 0:
+            self._began_us = self._settled_us = t_us
+        if self._moving >= 0:
+            return self._go_on(t_us)
+        if self._moves:
+            return self._begin(t_us, view)
+        if not self._planned:
+            if view is None and t_us - self._began_us < VIEW_WAIT_US and self._total_bytes is None:
+                return []
+            self._first_plan(t_us, view)
+        elif t_us >= self._plan_us:
+            self._plan(t_us, view)
+        else:
+            return []
+        self._plan_us = t_us + round(self._config.plan_interval_s * 1e6)
+        return self._begin(t_us, view) if self._moves else []
+
+    def _begin(self, t_us: int, view: GpuView | None) -> list[Transit]:
+        """Take the next engine of the plan on its way."""
+        i, to = self._moves[0]
+        auto = self._autos[i]
+        if to == auto.residence:
+            self._moves.popleft()
+            self._finish_plan(t_us)
+            return []
+        if to == "resident" and not self._has_room(auto, t_us, view):
+            if not self._room_until_us:
+                self._room_until_us = t_us + ROOM_WAIT_US
+            elif t_us >= self._room_until_us:
+                self._drop()
+                self._finish_plan(t_us)
+            return []
+        self._moves.popleft()
+        self._room_until_us = 0
+        self._moving, self._to, self._since_us = i, to, t_us
+        self._told = self._evicted = False
+        if to != "resident":
+            self._fleet.engine_left(auto.name, to)
+            self._drain_until_us = t_us + round(self._config.drain_s * 1e6)
+        return self._go_on(t_us)
+
+    def _has_room(self, auto: _Auto, t_us: int, view: GpuView | None) -> bool:
+        """Whether the newest view shows that the reserve stays free; where there is no view, the budget has said so."""
+        if view is None or view.memory_free_bytes is None:
+            return True
+        if view.t_us <= self._left_us:
+            return False  # from before the last engine left
+        left = view.memory_free_bytes - (auto.need.gpu_bytes - self._left_on_gpu(auto))
+        return left >= self._config.reserve_bytes
+
+    def _left_on_gpu(self, auto: _Auto) -> int:
+        return auto.need.asleep_gpu_bytes if auto.residence == "asleep" else 0
+
+    def _go_on(self, t_us: int) -> list[Transit]:
+        if self._told:
+            return []
+        auto = self._autos[self._moving]
+        if self._to != "resident" and self._fleet.num_running_on(auto.name):
+            if t_us >= self._drain_until_us and not self._evicted:
+                self._evicted = True
+                self._num_moved += self._evict(auto.name)
+            return []
+        self._told = True
+        self._since_us = t_us
+        return [Transit(auto.name, self._to)]
+
+    def _arrive(self, t_us: int) -> None:
+        """The engine under way is where it should be, or will not come."""
+        self._autos[self._moving].changed_us = t_us if self._num_plans > 1 else None
+        self._moving = -1
+        self._finish_plan(t_us)
+
+    def _finish_plan(self, t_us: int) -> None:
+        if not self._moves and self._moving < 0:
+            self._settled_us = t_us
+            if self._num_plans > 1:
+                self._transition_us += t_us - self._adopted_us
+
+    def _drop(self) -> None:
+        """What was planned beside this does not come about."""
+        self._num_dropped += 1
+        self._moves.clear()
+        self._room_until_us = 0
+
+    # --- plans -------------------------------------------------------------------------------------------------------
+
+    def _first_plan(self, t_us: int, view: GpuView | None) -> None:
+        """As many as fit: the best by what is known of them, then in the order of the configuration."""
+        self._planned = True
+        budget = self._budget(view, counted=False)
+        chosen = 0
+        everything = (1 << len(self._autos)) - 1
+        if budget.available_bytes is None:
+            chosen = everything
+        else:
+            traffic = [Class(1.0, 1.0, 256.0, 128.0, self._safe_modes(model)) for model in self._models]
+            worth = self._worth([one for one in traffic if one.eligible], fast=True)
+            best: tuple[bool, float, int] | None = None
+            for subset in self._sets(budget, 0):
+                modes = self._modes(subset)
+                key = (not self._is_safe(modes), round(worth.of(modes), 6), _order(subset, len(self._autos)))
+                if best is None or key < best:
+                    best, chosen = key, subset
+        self._adopt(t_us, budget, chosen, "first", 0.0, 0.0)
+
+    def _plan(self, t_us: int, view: GpuView | None) -> None:
+        """Look whether another set is worth the move."""
+        classes = self._demand.fold(t_us)
+        budget = self._budget(view, counted=True)
+        present = self._present()
+        waiting = self._waiting_by(classes)
+        fast = self._worth(classes, fast=True, waiting=waiting)
+        is_over = not budget.fits(self._gpu_bytes(present))
+        dead = self._dead()
+        serving = present & ~dead
+        is_unsafe = not self._is_safe(self._modes(serving)) and self._is_safe(self._modes((1 << len(self._autos)) - 1))
+        if fast.is_idle and not (is_over or is_unsafe):
+            return
+        is_emergency = is_over or is_unsafe or bool(dead)
+        sets = self._ranked(fast, budget, serving)
+        self._note_favourite(t_us, sets, fast, serving)
+        slow = self._worth(classes, fast=False, waiting=waiting)
+        now_costs, slow_now_costs = fast.of(self._modes(serving)), slow.of(self._modes(serving))
+        life_s = min(self._config.horizon_s, self._mix_life_s(t_us))
+        if dead and not is_over:
+            # What died comes back by itself: longer than that nothing is gained.
+            life_s = min(life_s, max(self._autos[i].start_s for i in _members(dead)) * 2 + 1.0)
+        must = is_over or is_unsafe
+        best: tuple[float, int, float, float] | None = None
+        is_regretted = False
+        for costs, subset in sets[:MAX_WEIGHED]:
+            after = self._kept(subset, serving, budget)
+            if after == serving or (must and not self._is_safe(self._modes(after)) and not is_over):
+                continue
+            gain = now_costs - costs
+            price = self._price(serving, after, fast, budget)
+            net = life_s * gain - self._config.hysteresis * self._backoff * price
+            if must:
+                net = life_s * gain - price
+            elif dead:
+                if life_s * gain <= price:
+                    continue
+            else:
+                if net <= 0 or gain < NOISE * now_costs:
+                    continue
+                slow_gain = slow_now_costs - slow.of(self._modes(subset))
+                if life_s * slow_gain <= self._config.hysteresis * self._backoff * price:
+                    continue
+                if self._goes_back(after ^ serving, t_us):
+                    is_regretted = True
+                    continue
+                if t_us - self._settled_us < self._dwell_needed_us(serving, after):
+                    continue
+            if best is None or net > best[0]:
+                best = net, after, gain, price
+        self._note_regret(t_us, is_regretted)
+        if best is not None:
+            reason = "memory" if is_over else "quality" if is_unsafe else "engine lost" if dead else "gain"
+            self._num_emergencies += is_emergency
+            self._adopt(t_us, budget, best[1], reason, best[2], best[3])
+
+    def _adopt(self, t_us: int, budget: Budget, after: int, reason: str, gain: float, price: float) -> None:
+        """Line up the moves: who fits comes first, then who has to go. One at a time; sleepers in the way first."""
+        autos = self._autos
+        before = self._present()
+        self._num_plans += 1
+        self._adopted_us = t_us
+        leavers = sorted(_members(before & ~after), key=lambda i: autos[i].need.gpu_bytes)
+        enterers = list(_members(after & ~before))
+        asleep = [i for i, auto in enumerate(autos) if auto.residence == "asleep" and not after >> i & 1]
+        room = None if budget.available_bytes is None else budget.available_bytes - self._awake_bytes(after)
+        away = put_away(
+            [*(i for i in leavers if autos[i].can_sleep), *asleep],
+            [auto.need for auto in autos],
+            room,
+            self._config.max_asleep_bytes,
+        )
+        moves: list[tuple[int, Residence]] = [(i, "cold") for i in asleep if not away >> i & 1]
+        taken = self._gpu_bytes(before)
+        leaving = list(leavers)
+        cold = 0.0
+        for i in enterers:
+            auto = autos[i]
+            more = auto.need.gpu_bytes - self._left_on_gpu(auto)
+            while leaving and not budget.fits(taken + more):
+                goes = leaving.pop()
+                moves.append((goes, "asleep" if away >> goes & 1 else "cold"))
+                taken -= autos[goes].need.gpu_bytes
+            moves.append((i, "resident"))
+            taken += more
+            if auto.residence == "cold":
+                cold = max(cold, auto.start_s)
+        moves.extend((i, "asleep" if away >> i & 1 else "cold") for i in leaving)
+        self._moves.extend(moves)
+        if reason != "first":
+            self._num_switches += 1
+            self._dwell_us = round(max(self._config.min_dwell_s, COLD_DWELLS * cold) * 1e6)
+            self._room_until_us = 0
+            names = [auto.name for auto in autos]
+            self.history.append(
+                Move(
+                    t_us,
+                    tuple(names[i] for i in _members(before)),
+                    tuple(names[i] for i in _members(after)),
+                    reason,
+                    gain,
+                    price,
+                )
+            )
+
+    # --- what a set is worth -----------------------------------------------------------------------------------------
+
+    def _worth(self, classes: list[Class], *, fast: bool, waiting: Sequence[int] = ()) -> Worth:
+        return Worth(
+            [self._curve(book) for book in self._fleet.books],
+            classes,
+            self._slowdown,
+            fast=fast,
+            latency_weight=self._cost.latency_weight,
+            energy_weight=self._cost.energy_weight,
+            waiting=waiting,
+        )
+
+    def _slowdown(self, num_others: float) -> float:
+        """What other busy engines cost: as learnt, or equal shares of the GPU until that is known."""
+        sharing = self._fleet.sharing
+        is_known = sharing.nums[min(len(sharing.nums) - 1, ceil(num_others))] >= LEARNT
+        return sharing.at(num_others) if is_known else 1.0 + num_others
+
+    def _curve(self, book: ModeBook) -> Curve | None:
+        """What is known of a mode: from its requests, else from the profile, else from its warm-up."""
+        estimate = book.estimate
+        profile = self._profile.of(book.name) if self._profile is not None else None
+        if book.info is None and profile is None:
+            return None
+        ttft, tpot = estimate.ttft, estimate.tpot
+        kv_tokens = book.kv_capacity_tokens or 1 << 40
+        if profile is not None and ttft.n < LEARNT and not ttft.b:
+            a0, a1, a2 = profile.ttft_ms
+            c0, c1, c2 = profile.tpot_ms
+            ttft_s = (a0 * 1e-3, a1 * 1e-3, a2 * 1e-9)
+            tpot_s = (c0 * 1e-3, c1 * 1e-3, c2 * 1e-3)
+        else:
+            ttft_s = (ttft.a * 1e-3, ttft.b * 1e-6, ttft.c * 1e-9)
+            tpot_s = (tpot.a * 1e-3, tpot.b * 1e-3, tpot.c * 1e-7)
+        return Curve(ttft_s, tpot_s, book.num_slots, kv_tokens, estimate.mj_per_token or 0.0)
+
+    def _sets(self, budget: Budget, present: int) -> Iterator[int]:
+        """Sets that fit, at most MAX_EVALUATIONS: the present one, all small ones, those that are full, the rest.
+
+        Beyond ENUMERATED engines: the present one and its neighbours by one engine added, dropped or swapped.
+        """
+        num = len(self._autos)
+        seen: set[int] = set()
+
+        def fresh(subset: int) -> bool:
+            if subset in seen or len(seen) >= MAX_EVALUATIONS or not budget.fits(self._gpu_bytes(subset)):
+                return False
+            seen.add(subset)
+            return True
+
+        if fresh(present):
+            yield present
+        if num > ENUMERATED:
+            yield from filter(fresh, _neighbours(present, num))
+            return
+        for size in (1, 2):
+            for members in combinations(range(num), size):
+                if fresh(sum(1 << i for i in members)):
+                    yield sum(1 << i for i in members)
+        sizes = tuple(self._gpu_bytes(1 << i) for i in range(num))
+        if self._maximal[:2] != (sizes, budget.available_bytes):
+            self._maximal = sizes, budget.available_bytes, maximal_sets(sizes, budget.available_bytes)
+        yield from filter(fresh, self._maximal[2])
+        yield from filter(fresh, range(1 << num))
+
+    def _ranked(self, worth: Worth, budget: Budget, present: int) -> list[tuple[float, int]]:
+        """The sets by what they cost, cheapest first. A larger one may only be worth what a part of it is."""
+        sets = [(worth.of(self._modes(subset)), subset) for subset in self._sets(budget, present)]
+        sets = [(costs, subset) for costs, subset in sets if self._is_safe(self._modes(subset))] or sets
+        sets.sort()
+        return sets
+
+    def _kept(self, subset: int, present: int, budget: Budget) -> int:
+        """The set, with those of the present ones that fit beside it: nobody leaves without need."""
+        for i in sorted(_members(present & ~subset), key=lambda i: self._autos[i].need.gpu_bytes):
+            if budget.fits(self._gpu_bytes(subset | 1 << i)):
+                subset |= 1 << i
+        return subset
+
+    def _price(self, before: int, after: int, worth: Worth, budget: Budget) -> float:
+        """K: what the way from one set to the other costs, in the unit of V times seconds."""
+        autos = self._autos
+        enter_s = sum(autos[i].enter_s for i in _members(after & ~before))
+        leave_s = sum(autos[i].sleep_s for i in _members(before & ~after))
+        now_costs = worth.of(self._modes(before))
+        copying = COPY_SHARE * now_costs * (enter_s + leave_s)
+        if budget.fits(self._gpu_bytes(before | after)):
+            return copying  # who comes does so beside the others
+        stays = self._modes(before & after)
+        rate = worth.unserved_per_s(stays) - worth.unserved_per_s(self._modes(before))
+        stall_s = enter_s + leave_s
+        stalled = max(0.0, rate) * stall_s * stall_s / 2 / (1.0 - self._load())
+        detour = max(0.0, worth.served_of(stays) - now_costs) * stall_s if stays else 0.0
+        return copying + self._cost.latency_weight * stalled + detour
+
+    def _load(self) -> float:
+        """Share of the slots in use, at most 0.9."""
+        slots = running = 0
+        for book in self._fleet.books:
+            if book.up:
+                slots += book.num_slots
+                running += book.num_running
+        return min(0.9, running / slots) if slots else 0.9
+
+    # --- reluctance --------------------------------------------------------------------------------------------------
+
+    def _dwell_needed_us(self, before: int, after: int) -> int:
+        """How old the present set must be: it may have come by a cold start, or have to go by one."""
+        cold_s = max(
+            (self._autos[i].start_s for i in _members(after & ~before) if self._autos[i].residence == "cold"),
+            default=0.0,
+        )
+        return max(self._dwell_us, round(COLD_DWELLS * cold_s * 1e6))
+
+    def _goes_back(self, changed: int, t_us: int) -> bool:
+        """Whether an engine would return to where it was less than two dwells ago."""
+        within_us = 2 * self._dwell_us
+        moved = [self._autos[i].changed_us for i in _members(changed)]
+        return any(when is not None and t_us - when < within_us for when in moved)
+
+    def _note_regret(self, t_us: int, is_regretted: bool) -> None:
+        """Who wants back within two dwells doubles h, once per switch; calm halves it."""
+        if is_regretted and self._regretted_us != self._settled_us:
+            self._regretted_us = self._settled_us
+            self._backoff = min(BACKOFF_MOST, 2 * self._backoff)
+            self._doubled_us = t_us
+        elif self._backoff > 1.0 and t_us - self._doubled_us >= CALM_US:
+            self._backoff /= 2
+            self._doubled_us = t_us
+
+    def _note_favourite(self, t_us: int, sets: list[tuple[float, int]], worth: Worth, present: int) -> None:
+        """Remember when another set became the best one: that is how long a mix lasts."""
+        if not sets:
+            return
+        costs, subset = sets[0]
+        if self._favourite < 0:
+            self._favourite = subset
+        elif subset != self._favourite and costs < (1 - NOISE) * worth.of(self._modes(self._favourite)):
+            self._favourite = subset
+            self._favoured_us.append(t_us)
+
+    def _mix_life_s(self, t_us: int) -> float:
+        """Mean time between changes of the best set over the last hour; the horizon while there was none."""
+        favoured = self._favoured_us
+        while favoured and favoured[0] < t_us - MIX_REMEMBERED_US:
+            favoured.popleft()
+        if len(favoured) < 2:
+            return self._config.horizon_s
+        return max(MIX_LEAST_S, (favoured[-1] - favoured[0]) * 1e-6 / (len(favoured) - 1))
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    def _present(self) -> int:
+        return sum(1 << i for i, auto in enumerate(self._autos) if auto.residence == "resident")
+
+    def _dead(self) -> int:
+        """Those that should be on the GPU and are not up."""
+        up = self._fleet.up
+        return sum(1 << i for i, auto in enumerate(self._autos) if auto.residence == "resident" and not auto.modes & up)
+
+    def _modes(self, subset: int) -> int:
+        modes = self._always
+        for i in _members(subset):
+            modes |= self._autos[i].modes
+        return modes
+
+    def _awake_bytes(self, subset: int) -> int:
+        return sum(self._autos[i].need.gpu_bytes for i in _members(subset))
+
+    def _gpu_bytes(self, subset: int) -> int:
+        """Of the set and of what sleeping engines beside it leave on the GPU."""
+        return self._awake_bytes(subset) + sum(
+            auto.need.asleep_gpu_bytes
+            for i, auto in enumerate(self._autos)
+            if auto.residence == "asleep" and not subset >> i & 1
+        )
+
+    def _is_safe(self, modes: int) -> bool:
+        """Whether each model keeps a mode for requests of unknown task, where it has one at all."""
+        return all(not (safe := self._safe_modes(model)) or safe & modes for model in self._models)
+
+    def _budget(self, view: GpuView | None, *, counted: bool) -> Budget:
+        """As of this view. `counted`: the engines of the present set are on the GPU, so that the view shows them."""
+        total_bytes = self._total_bytes
+        if view is not None and view.memory_total_bytes is not None:
+            total_bytes = view.memory_total_bytes
+        level = self._config.sleep_level
+        for auto in self._autos:
+            auto.need = need_of(auto.config, auto.profile, total_bytes, level)
+        always_bytes = 0
+        for engine in self._engines:
+            if engine.residency == "always":
+                profile = self._profile.of(engine.name) if self._profile is not None else None
+                always_bytes += need_of(engine, profile, total_bytes, level).gpu_bytes
+        booked = self._gpu_bytes(self._present() & ~self._dead()) if counted else 0
+        settled = view is not None and counted and view.t_us > max(self._settled_us, self._left_us) and not self._dead()
+        return budget_of(
+            view, total_bytes, self._config.reserve_bytes, self._config.max_asleep_bytes, booked, always_bytes, settled
+        )
+
+    def _waiting_by(self, classes: list[Class]) -> list[int]:
+        """Of each class, how many wait although no mode that they may use is up."""
+        counts = [0] * len(classes)
+        up = self._fleet.up
+        for number, eligible in enumerate(self._waiting()):
+            if number >= MAX_WAITING_LOOKED_AT:
+                break
+            if not eligible & up:
+                for i, traffic in enumerate(classes):
+                    if traffic.eligible == eligible:
+                        counts[i] += 1
+                        break
+        return counts
+
+    def residence_of(self, engine: str) -> tuple[Residence, str]:
+        """Where an engine is, and whether it is on its way: `leaving`, `coming` or nothing."""
+        i = self._index.get(engine, -1)
+        if i < 0:
+            return "resident", ""
+        moving = "" if self._moving != i else "coming" if self._to == "resident" else "leaving"
+        return self._autos[i].residence, moving
+
+    def figures(self) -> ResidencyFigures:
+        """What it has done so far."""
+        return ResidencyFigures(
+            num_switches=self._num_switches,
+            num_emergencies=self._num_emergencies,
+            num_moved_requests=self._num_moved,
+            num_dropped_plans=self._num_dropped,
+            transition_s=self._transition_us * 1e-6,
+            backoff=self._backoff,
+        )
+
+
+def _members(subset: int) -> Iterator[int]:
+    """Indices of the bits, ascending."""
+    while subset:
+        low = subset & -subset
+        yield low.bit_length() - 1
+        subset ^= low
+
+
+def _order(subset: int, num: int) -> int:
+    """Less for sets that hold the first engines of the configuration."""
+    return -sum(1 << (num - 1 - i) for i in _members(subset))
+
+
+def _neighbours(present: int, num: int) -> Iterator[int]:
+    """Sets that differ by one engine added, dropped or swapped."""
+    for i in range(num):
+        yield present ^ 1 << i
+    for goes in _members(present):
+        for comes in range(num):
+            if not present >> comes & 1:
+                yield present ^ 1 << goes ^ 1 << comes
