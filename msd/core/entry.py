@@ -43,6 +43,7 @@ class Entry:
         "num_busy",
         "num_cached_tokens",
         "num_held",
+        "num_moves",
         "outcome_kind",
         "parked",
         "phase",
@@ -72,6 +73,8 @@ class Entry:
         """`Fleet.num_changes` when memory last held it back: until that moves there is no need to ask again."""
         self.num_held = 0
         """How often memory held it back."""
+        self.num_moves = 0
+        """Attempts that ended because their engine had to leave the GPU: no strike against the request."""
         self.expected_tokens = 0
         """Output: the median of its length class; more once it has generated more than nine of ten do."""
         self.expected_p90_tokens = 0
@@ -98,7 +101,7 @@ class Entry:
         self.run_tokens = 0
         self.decision: Decision | None = None
         self.abort_reason = ""
-        """Why a running attempt is being aborted: an error code, "cancel", or "" when it is not."""
+        """Why a running attempt is being aborted: an error code, "cancel", "move", or "" when it is not."""
         self.duplicates: list[str] = []
         self.outcome_kind = ""
         """delivered, aborted or failed, once the terminal state is known."""
