@@ -3,7 +3,7 @@
 A prompt is cut into blocks of BLOCK_TOKENS; the hash of a block covers all blocks before it, so that equal hashes mean
 equal prefixes. The index guesses each cache as vLLM manages its own: blocks least recently used go first, and of one
 prompt its tail before its head. Hence what is held of a prompt is always its beginning, and a search for its end is
-enough. One dict names the modes that hold a block: a prompt that shares nothing costs one look-up.
+enough. One dict names the modes that hold a first block: a prompt that shares nothing costs one look-up.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PrefixIndex:
         self._held: list[OrderedDict[int, None]] = [OrderedDict() for _ in modes]
         """Per mode its blocks, least recently used first."""
         self._modes_of: dict[int, int] = {}
-        """Block -> bit set of the modes that hold it."""
+        """First block of a prompt -> bit set of the modes that hold it."""
         self._trust = [1.0] * len(modes)
         """Share of a guess that the engine confirms."""
         self._num_anonymous = 0
@@ -62,7 +62,7 @@ class PrefixIndex:
     def forget(self, i: int) -> None:
         """The mode's cache is gone, with its engine or because it sleeps."""
         held, self._held[i] = self._held[i], OrderedDict()
-        for block in held:
+        for block in held.keys() & self._modes_of.keys():
             self._release(block, 1 << i)
 
     def cached(self, hashes: tuple[int, ...], num_prompt_tokens: int) -> tuple[int, ...] | None:
@@ -79,28 +79,20 @@ class PrefixIndex:
             lowest = modes & -modes
             modes ^= lowest
             i = lowest.bit_length() - 1
-            held = self._held[i]
-            least, beyond = 1, most + 1
-            while beyond - least > 1:
-                middle = (least + beyond) // 2
-                if hashes[middle - 1] in held:
-                    least = middle
-                else:
-                    beyond = middle
-            found[i] = max(1, int(least * self._trust[i])) * BLOCK_TOKENS
+            found[i] = max(1, int(self._num_held(i, hashes, most) * self._trust[i])) * BLOCK_TOKENS
         return tuple(found)
 
     def computed(self, i: int, hashes: tuple[int, ...]) -> None:
         """The mode has computed this prompt: its blocks are in the cache, and were used just now."""
-        if not self._capacity_blocks[i]:
+        if not self._capacity_blocks[i] or not hashes:
             return
-        held, modes_of, bit = self._held[i], self._modes_of, 1 << i
-        for block in reversed(hashes):
-            if block in held:
-                held.move_to_end(block)
-            else:
-                held[block] = None
-                modes_of[block] = modes_of.get(block, 0) | bit
+        held = self._held[i]
+        num_held = self._num_held(i, hashes, len(hashes))
+        held.update(dict.fromkeys(reversed(hashes[num_held:])))
+        for block in reversed(hashes[:num_held]):
+            held.move_to_end(block)
+        if not num_held:
+            self._modes_of[hashes[0]] = self._modes_of.get(hashes[0], 0) | 1 << i
         self._make_room(i)
 
     def generated(self, i: int, num_tokens: int) -> None:
@@ -123,15 +115,30 @@ class PrefixIndex:
         """Blocks that the mode's cache is thought to hold."""
         return len(self._held[i])
 
-    def _make_room(self, i: int) -> None:
+    def _num_held(self, i: int, hashes: tuple[int, ...], most: int) -> int:
+        """How many of the first `most` blocks the mode holds: all before the first that it does not."""
         held = self._held[i]
+        if hashes[0] not in held:
+            return 0
+        least, beyond = 1, most + 1
+        while beyond - least > 1:
+            middle = (least + beyond) // 2
+            if hashes[middle - 1] in held:
+                least = middle
+            else:
+                beyond = middle
+        return least
+
+    def _make_room(self, i: int) -> None:
+        held, modes_of = self._held[i], self._modes_of
         for _ in range(len(held) - self._capacity_blocks[i]):
             oldest, _ = held.popitem(last=False)
-            self._release(oldest, 1 << i)
+            if oldest in modes_of:
+                self._release(oldest, 1 << i)
 
     def _release(self, block: int, bit: int) -> None:
-        modes = self._modes_of.get(block, 0) & ~bit
+        modes = self._modes_of[block] & ~bit
         if modes:
             self._modes_of[block] = modes
         else:
-            self._modes_of.pop(block, None)
+            del self._modes_of[block]
