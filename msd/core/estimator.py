@@ -1,113 +1,327 @@
-"""TTFT and TPOT per mode, learnt from what was measured.
+"""TTFT, TPOT and energy per mode, learnt from what was measured (modeswitch spec, section 6).
 
-    TTFT [ms] = a0 + a1 * (prompt tokens not cached) / 1000        TPOT [ms] = c0 + c1 * (other requests running)
+    TTFT [ms] = slow * (offset + a0 + a1 * (n + ahead) / 1000 + a2 * n * P / 1e6)
+    TPOT [ms] = slow * (c0 + c1 * b + c2 * T / 10000)
 
-Each line is fitted by recursive least squares with forgetting (lambda 0.995) on rows divided by the prediction, so that
-the error is relative (modeswitch spec, section 6); so P is in squares of the prediction, or an engine that needs 500 ms
-would hold on to its prior for hundreds of requests. The first prior is the engine's own warm-up. Guards: P is capped,
-one observation moves a prediction by at most a factor, coefficients stay non-negative.
+P prompt tokens, n those of them that are not cached, `ahead` prompt tokens of others that the engine still has to read,
+b other running requests, T their tokens, `slow` what other busy engines of the same GPU cost (`Sharing`). The offset is
+the step under way on a busy engine. Each line is fitted by recursive least squares (`Fit`); what lines cannot say is
+corrected per cell of prompt size and batch (`Corrections`).
 """
 
 from __future__ import annotations
 
+from math import exp, inf, log
+
+from msd.core.energy_domain import Coefficients
 from msd.domain import EngineInfo
+from msd.profile import ModeProfile
 
 _LAMBDA = 0.995
 _FORGET = 1.0 / _LAMBDA
 _SPREAD = 100.0
 """P of a prior, and at most, relative to the square of the prediction: a prior counts a hundredth of an observation."""
+_PROFILE_SPREAD = 0.25**2
+"""P of a profile's coefficients, relative to their squares: they were measured, elsewhere or another day."""
 _FACTOR_MAX = 4.0
 _FLOOR_MS = 0.01
+_MAD_FIRST, _MAD_LEAST, _MAD_STEP = 0.3, 0.04, 0.05
+_MADS = 5.0
+_JUDGED_FROM = 8
+_IN_A_ROW = 4
+"""So many outliers one after another are no outliers: the engine has changed."""
+_LOOSER = 20.0
+"""P grows by this then: at lambda 0.995 the old engine would be believed for 200 more requests."""
+_FROZEN = 3
+"""Requests after a start that teach no times: graphs and caches warm up."""
 _ENERGY_ALPHA = 0.05
+_SHARING_ALPHA = 0.05
+_SHARERS_MOST = 16
+_CELL_ALPHA = 0.06
+_CELL_SHRINK = 8.0
+_CELL_MOST = log(3.0)
+_PROMPT_CELLS, _BATCH_CELLS = 5, 4
+_NOT_NEGATIVE = ((0.0, inf),) * 3
 
 
-class Line:
-    """y = a + b * x by recursive least squares in scalars; x is scaled to O(1) by the caller."""
+class Fit:
+    """y = a + b * x1 + c * x2 by recursive least squares in scalars; x1 and x2 are scaled to O(1) by the caller.
 
-    __slots__ = ("a", "b", "n", "p00", "p01", "p11")
+    Rows are divided by what is predicted or measured, so that the error is relative; so P is in squares of that, or an
+    engine that needs 500 ms would hold on to its prior for hundreds of requests.
+    """
 
-    def __init__(self, a: float, b: float) -> None:
-        self.a = a
-        self.b = b
+    __slots__ = (
+        "_bounds", "_mad", "_streak", "a", "b", "c", "n", "num_outliers", "p00", "p01", "p02", "p11", "p12", "p22",
+    )  # fmt: skip
+
+    def __init__(self, a: float, b: float = 0.0, c: float = 0.0, *, trusted: bool = False) -> None:
+        """`trusted`: the coefficients were measured, and none may leave [1/4, 4] of what it was."""
+        self.a, self.b, self.c = a, b, c
         self.n = 0
-        self.p00 = self.p11 = _SPREAD * max(a, _FLOOR_MS) ** 2
-        self.p01 = 0.0
+        """Observations taken."""
+        self.num_outliers = 0
+        self._mad = _MAD_FIRST
+        self._streak = 0
+        self._bounds = tuple((x / _FACTOR_MAX, x * _FACTOR_MAX or inf) for x in (a, b, c)) if trusted else None
+        p = _SPREAD * max(a, _FLOOR_MS) ** 2
+        self.p00, self.p11, self.p22 = p, p, p
+        if trusted:
+            least = 0.1 * a
+            self.p00, self.p11, self.p22 = (_PROFILE_SPREAD * max(x, least) ** 2 for x in (a, b, c))
+        self.p01 = self.p02 = self.p12 = 0.0
 
-    def at(self, x: float) -> float:
-        y = self.a + self.b * x
+    def at(self, x1: float, x2: float = 0.0) -> float:
+        y = self.a + self.b * x1 + self.c * x2
         return y if y > _FLOOR_MS else _FLOOR_MS
 
-    def learn(self, x: float, y: float) -> None:
-        a, b, p00, p01, p11 = self.a, self.b, self.p00, self.p01, self.p11
-        predicted = a + b * x
+    def learn(self, x1: float, x2: float, y: float) -> None:
+        a, b, c = self.a, self.b, self.c
+        predicted = a + b * x1 + c * x2
         if predicted < _FLOOR_MS:
             predicted = _FLOOR_MS
-        # Before the first observation the prior is only a guess; afterwards one outlier must not tear the line away.
+        if self.n >= _JUDGED_FROM and self._is_outlier((y - predicted) / predicted):
+            return
+        # Before the first observation the prior may be a mere guess; later one outlier must not tear the line away.
         if self.n:
             if y > predicted * _FACTOR_MAX:
                 y = predicted * _FACTOR_MAX
             elif y < predicted / _FACTOR_MAX:
                 y = predicted / _FACTOR_MAX
-        h0 = 1.0 / predicted
-        h1 = x * h0
-        g0 = p00 * h0 + p01 * h1
-        g1 = p01 * h0 + p11 * h1
-        inverse = 1.0 / (_LAMBDA + h0 * g0 + h1 * g1)
-        k0, k1 = g0 * inverse, g1 * inverse
-        error = (y - a - b * x) * h0
+        elif self._bounds is None and y > predicted:
+            self.p00 = self.p11 = self.p22 = _SPREAD * y * y
+        p00, p01, p02, p11, p12, p22 = self.p00, self.p01, self.p02, self.p11, self.p12, self.p22
+        # Not by the prediction alone: a prior far too low would make of the first rows certainties, for 500 more.
+        scale = y if y > predicted else predicted
+        h0 = 1.0 / scale
+        h1 = x1 * h0
+        h2 = x2 * h0
+        g0 = p00 * h0 + p01 * h1 + p02 * h2
+        g1 = p01 * h0 + p11 * h1 + p12 * h2
+        g2 = p02 * h0 + p12 * h1 + p22 * h2
+        inverse = 1.0 / (_LAMBDA + h0 * g0 + h1 * g1 + h2 * g2)
+        k0, k1, k2 = g0 * inverse, g1 * inverse, g2 * inverse
+        error = (y - predicted) * h0
         a += k0 * error
         b += k1 * error
-        self.a = a if a > 0.0 else 0.0
-        self.b = b if b > 0.0 else 0.0
-        most = _SPREAD * predicted * predicted
+        c += k2 * error
         p00 = (p00 - k0 * g0) * _FORGET
-        p01 = (p01 - k0 * g1) * _FORGET
         p11 = (p11 - k1 * g1) * _FORGET
-        p00 = p00 if p00 < most else most
-        p11 = p11 if p11 < most else most
-        self.p00, self.p11 = p00, p11
-        self.p01 = p01 if p01 * p01 <= p00 * p11 else 0.0
+        p22 = (p22 - k2 * g2) * _FORGET
+        most = _SPREAD * scale * scale
+        if p00 > most or p11 > most or p22 > most:
+            # What is never excited is forgotten more and more: bounded, and what it was tied to with it.
+            self.p00 = p00 if p00 < most else most
+            self.p11 = p11 if p11 < most else most
+            self.p22 = p22 if p22 < most else most
+            self.p01 = self.p02 = self.p12 = 0.0
+        else:
+            self.p00, self.p11, self.p22 = p00, p11, p22
+            self.p01 = (p01 - k0 * g1) * _FORGET
+            self.p02 = (p02 - k0 * g2) * _FORGET
+            self.p12 = (p12 - k1 * g2) * _FORGET
+        self.a, self.b, self.c = a, b, c
         self.n += 1
+        if self._bounds or a < 0.0 or b < 0.0 or c < 0.0:
+            self._project()
+
+    def _project(self) -> None:
+        """Bring each coefficient into its bounds, and move the others with it as P says they belong together.
+
+        Clipping alone runs away: the others go on answering for what the clipped one is not let to take.
+        """
+        (a0, a1), (b0, b1), (c0, c1) = self._bounds or _NOT_NEGATIVE
+        if not a0 <= self.a <= a1:
+            off = ((a0 if self.a < a0 else a1) - self.a) / self.p00
+            self.a += off * self.p00
+            self.b += off * self.p01
+            self.c += off * self.p02
+        if not b0 <= self.b <= b1:
+            off = ((b0 if self.b < b0 else b1) - self.b) / self.p11
+            self.a += off * self.p01
+            self.b += off * self.p11
+            self.c += off * self.p12
+        if not c0 <= self.c <= c1:
+            off = ((c0 if self.c < c0 else c1) - self.c) / self.p22
+            self.a += off * self.p02
+            self.b += off * self.p12
+            self.c += off * self.p22
+        self.a = min(max(self.a, a0), a1)
+        self.b = min(max(self.b, b0), b1)
+        self.c = min(max(self.c, c0), c1)
+
+    def _loosen(self) -> None:
+        """Believe the past less: what is known of the relations between the coefficients stays."""
+        self.p00, self.p01, self.p02 = self.p00 * _LOOSER, self.p01 * _LOOSER, self.p02 * _LOOSER
+        self.p11, self.p12, self.p22 = self.p11 * _LOOSER, self.p12 * _LOOSER, self.p22 * _LOOSER
+
+    def _is_outlier(self, error: float) -> bool:
+        """More than 5 median absolute deviations off; the median is tracked by steps up and down."""
+        size = error if error >= 0.0 else -error
+        mad = self._mad
+        is_far = size > _MADS * mad
+        mad += mad * (_MAD_STEP if size > mad else -_MAD_STEP)
+        self._mad = mad if mad > _MAD_LEAST else _MAD_LEAST
+        if not is_far:
+            self._streak = 0
+            return False
+        self._streak += 1
+        if self._streak >= _IN_A_ROW:
+            if self._streak % _IN_A_ROW == 0:
+                self._loosen()
+            return False
+        self.num_outliers += 1
+        return True
+
+
+class Corrections:
+    """What is left over, as factors per cell: 5 sizes of prompt (log2) by 4 of the batch (log2); 1 until seen.
+
+    A cell keeps the EWMA of the log of measured over predicted, shrunk by n / (n + 8). `rows[batch][prompt]`.
+    """
+
+    __slots__ = ("_logs", "_nums", "rows")
+
+    def __init__(self) -> None:
+        self.rows = [[1.0] * _PROMPT_CELLS for _ in range(_BATCH_CELLS)]
+        self._logs = [[0.0] * _PROMPT_CELLS for _ in range(_BATCH_CELLS)]
+        self._nums = [[0] * _PROMPT_CELLS for _ in range(_BATCH_CELLS)]
+
+    def learn(self, batch: int, prompt: int, ratio: float) -> None:
+        """`ratio`: measured over predicted without this correction."""
+        nums, logs = self._nums[batch], self._logs[batch]
+        n = nums[prompt] = nums[prompt] + 1
+        alpha = 1.0 / n
+        step = log(ratio) if ratio > 1e-3 else -_CELL_MOST
+        step = _CELL_MOST if step > _CELL_MOST else -_CELL_MOST if step < -_CELL_MOST else step
+        logs[prompt] += (alpha if alpha > _CELL_ALPHA else _CELL_ALPHA) * (step - logs[prompt])
+        self.rows[batch][prompt] = exp(logs[prompt] * n / (n + _CELL_SHRINK))
+
+
+def prompt_cell(num_prompt_tokens: int) -> int:
+    """Cell of a prompt's size: below 32, 128, 512, 2048, and the rest."""
+    cell = (num_prompt_tokens.bit_length() - 4) >> 1
+    return 0 if cell < 0 else cell if cell < _PROMPT_CELLS else _PROMPT_CELLS - 1
+
+
+def batch_cell(num_running: int) -> int:
+    """Cell of a batch: nobody else, up to 3 others, up to 15, more."""
+    cell = (num_running.bit_length() + 1) >> 1
+    return cell if cell < _BATCH_CELLS else _BATCH_CELLS - 1
+
+
+class Sharing:
+    """How much slower engines of one GPU work while others are busy: a factor per number of busy others, learnt.
+
+    Between whole numbers it is interpolated, since an average over a request's life lies there. `factors[0]` is 1.
+    """
+
+    __slots__ = ("factors", "nums")
+
+    def __init__(self) -> None:
+        self.factors = [1.0] * (_SHARERS_MOST + 1)
+        self.nums = [0.0] * (_SHARERS_MOST + 1)
+
+    def at(self, num_others: float) -> float:
+        """The factor beside this many busy engines."""
+        if num_others <= 0.0:
+            return 1.0
+        low = int(num_others)
+        if low >= _SHARERS_MOST:
+            return self.factors[_SHARERS_MOST]
+        part = num_others - low
+        return self.factors[low] * (1.0 - part) + self.factors[low + 1] * part
+
+    def learn(self, num_others: float, ratio: float) -> None:
+        """`ratio`: measured over what the mode alone would take."""
+        if num_others < 0.05:
+            return
+        low = min(int(num_others), _SHARERS_MOST - 1)
+        part = min(1.0, num_others - low)
+        error = min(_FACTOR_MAX, ratio) - self.at(num_others)
+        for i, weight in ((low, 1.0 - part), (low + 1, part)):
+            if i and weight:
+                self.nums[i] += weight
+                gain = weight * max(_SHARING_ALPHA, 0.5 / self.nums[i])
+                moved = self.factors[i] + min(0.5, gain) * error
+                self.factors[i] = min(max(1.0, moved), 1.5 * (i + 1))
+        # More company never helps, and what was not seen yet is at least as slow as what was.
+        for i in range(1, len(self.factors)):
+            if self.factors[i] < self.factors[i - 1] and self.nums[i] < 1.0:
+                self.factors[i] = self.factors[i - 1]
 
 
 class ModeEstimate:
     """What the core expects of one mode. Predictions in ms and mJ; energy is None until some was measured."""
 
-    __slots__ = ("mj_per_token", "service_ms", "tpot", "ttft")
+    __slots__ = (
+        "costs", "energy_cells", "eos_step_ms", "mj_per_token", "num_frozen", "service_ms", "tpot", "tpot_cells",
+        "ttft", "ttft_cells",
+    )  # fmt: skip
 
     def __init__(self) -> None:
-        self.ttft = Line(1.0, 0.0)
-        self.tpot = Line(1.0, 0.0)
+        self.ttft = Fit(1.0)
+        self.tpot = Fit(1.0)
+        self.eos_step_ms = 0.0
+        """An uncounted last step of answers that end by themselves."""
+        self.ttft_cells = Corrections()
+        self.tpot_cells = Corrections()
+        self.energy_cells = Corrections()
+        self.costs: Coefficients | None = None
+        """Energy of steps, prompt and output, fitted by the ledger's readings or profiled."""
         self.mj_per_token: float | None = None
-        """Energy over the tokens computed and generated; None until a request was settled."""
+        """Until then: dynamic energy over the tokens computed and generated; None until a request was settled."""
         self.service_ms = 0.0
+        self.num_frozen = 0
 
     def seed(self, info: EngineInfo) -> None:
-        """Take the engine's warm-up as the prior, unless requests have taught better already."""
-        if self.ttft.n == 0 and info.idle_ttft_ms > 0:
-            self.ttft = Line(info.idle_ttft_ms, 0.0)
-        if self.tpot.n == 0 and info.idle_tpot_ms > 0:
-            self.tpot = Line(info.idle_tpot_ms, 0.0)
+        """The engine came up. Its warm-up is the prior, unless a profile or requests have taught better already."""
+        self.num_frozen = _FROZEN
+        if self.ttft.n == 0 and info.idle_ttft_ms > 0 and not self.ttft.b:
+            self.ttft = Fit(info.idle_ttft_ms)
+        if self.tpot.n == 0 and info.idle_tpot_ms > 0 and not self.tpot.b:
+            self.tpot = Fit(info.idle_tpot_ms)
+
+    def seed_profile(self, profile: ModeProfile) -> None:
+        """Take what `msd profile` measured on this host."""
+        a0, a1, a2 = profile.ttft_ms
+        c0, c1, c2 = profile.tpot_ms
+        self.ttft = Fit(a0, a1 * 1e3, a2, trusted=True)
+        if c0 > 0.0:
+            self.tpot = Fit(c0, c1, c2 * 1e4, trusted=True)
+        self.eos_step_ms = profile.eos_step_ms
+        step, prefill, decode = profile.step_mj, profile.prefill_mj_per_token, profile.decode_mj_per_token
+        if step is not None and prefill is not None and decode is not None:
+            self.costs = Coefficients(step, prefill, decode)
 
     def ttft_ms(self, num_new_tokens: int) -> float:
-        """Time from dispatch to the first token for a prompt with this many tokens to compute."""
-        return self.ttft.at(num_new_tokens * 0.001)
+        """Time from dispatch to the first token, alone, for a prompt with this many tokens to compute."""
+        return self.ttft.at(num_new_tokens * 0.001, num_new_tokens * num_new_tokens * 1e-6)
 
-    def tpot_ms(self, num_running: int) -> float:
-        """Time per further token beside this many other requests."""
-        return self.tpot.at(float(num_running))
+    def tpot_ms(self, num_running: float, num_tokens: float = 0.0) -> float:
+        """Time per further token beside this many other requests with this many tokens, nothing else on the GPU."""
+        return self.tpot.at(num_running, num_tokens * 1e-4)
+
+    def offset_ms(self, num_running: int, num_tokens: int) -> float:
+        """What a busy engine adds to TTFT: half of the step under way, and the others' decoding in its own step."""
+        if not num_running:
+            return 0.0
+        step_ms = self.tpot_ms(num_running, num_tokens)
+        return 1.5 * step_ms - self.tpot.at(0.0)
 
     def wait_ms(self, num_ahead: int, num_slots: int) -> float:
         """Expected wait for a slot when `num_ahead` requests are served before, on `num_slots` slots."""
         return self.service_ms * num_ahead / max(1, num_slots)
 
-    def learn_times(
-        self, num_new_tokens: int, ttft_ms: float, tpot_ms: float, num_running: int, service_ms: float
-    ) -> None:
-        """A finished attempt: times from its dispatch; `tpot_ms` 0 when it had a single token."""
-        self.ttft.learn(num_new_tokens * 0.001, ttft_ms)
-        if tpot_ms > 0:
-            self.tpot.learn(float(num_running), tpot_ms)
+    def thaws(self) -> bool:
+        """Whether an attempt that ended now may teach times; counts down after a start."""
+        if self.num_frozen:
+            self.num_frozen -= 1
+            return False
+        return True
+
+    def learn_service(self, service_ms: float) -> None:
+        """How long an attempt held its slot."""
         self.service_ms = service_ms if not self.service_ms else 0.95 * self.service_ms + 0.05 * service_ms
 
     def learn_energy(self, energy_mj: int, num_tokens: int) -> None:

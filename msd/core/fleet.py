@@ -13,12 +13,13 @@ from msd.core.energy_domain import Coefficients
 from msd.core.entry import Entry
 from msd.core.estimator import ModeEstimate, Sharing, batch_cell
 from msd.core.running import Running
-from msd.domain import EngineInfo, EngineLoad, Mask, Mode
+from msd.domain import EngineInfo, EngineLoad, Mask, Mode, Residence
 from msd.profile import Profile
 from msd.recipe import is_lossless
 
 _NO_BOUND = 1 << 62
 _HEALTH = int(Mask.HEALTH)
+_ASLEEP = int(Mask.ASLEEP)
 _SLOTS = int(Mask.SLOTS)
 
 Folded = tuple[
@@ -45,6 +46,7 @@ class ModeBook:
         "num_running",
         "num_slots",
         "reserved_tokens",
+        "residence",
         "running",
         "stale",
         "up",
@@ -58,6 +60,8 @@ class ModeBook:
         """Longest prompt plus output; None until the engine has told it."""
         self.kv_capacity_tokens = 0
         self.up = False
+        self.residence: Residence = "resident"
+        """Where its weights are, or are about to be when it leaves; only engines of residency `auto` move."""
         self.info: EngineInfo | None = None
         self.load = EngineLoad()
         self.num_running = 0
@@ -85,7 +89,7 @@ class ModeBook:
             if num_running:
                 room = self.kv_capacity_tokens - self.reserved_tokens
         else:
-            mask = _HEALTH
+            mask = _HEALTH if self.residence == "resident" else _ASLEEP
         ttft, tpot = estimate.ttft, estimate.tpot
         read_ms = ttft.b * 0.001
         cell = batch_cell(num_running)
@@ -168,10 +172,32 @@ class Fleet:
             book.kv_capacity_tokens = info.kv_capacity_tokens
             book.num_slots = info.max_num_seqs
             book.estimate.seed(info)
+            book.residence = "resident"
             book.up = True
             self.up |= 1 << i
             self._refresh(i)
         self.shortest_context = min((book.max_model_len or 0 for book in self.books), default=0)
+
+    def engine_left(self, engine: str, residence: Residence) -> None:
+        """The engine leaves, or has left, the GPU on purpose: nothing is routed there until it is up again."""
+        self.engine_lost(engine)
+        for i in self._by_engine[engine]:
+            self.books[i].residence = residence
+            self._refresh(i)
+
+    def wanted(self, engine: str) -> None:
+        """The engine is not up, but should be: it is no longer away on purpose."""
+        for i in self._by_engine[engine]:
+            self.books[i].residence = "resident"
+            self._refresh(i)
+
+    def modes_of(self, engine: str) -> int:
+        """Bit set of the engine's modes."""
+        return sum(1 << i for i in self._by_engine[engine])
+
+    def num_running_on(self, engine: str) -> int:
+        """Requests that run on the engine."""
+        return sum(self.books[i].num_running for i in self._by_engine[engine])
 
     def engine_lost(self, engine: str) -> None:
         """Nothing may be sent there any more."""

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from random import Random
 
+from msgspec import structs
+
 from msd.core.entry import Entry
+from msd.core.estimator import prompt_cell
 from msd.core.fleet import Fleet
 from msd.domain import Candidate, Choice, Decision, Features, GpuView, Mask
 from msd.ports import Policy
 
 _CONTEXT = int(Mask.CONTEXT)
-_HEALTH = int(Mask.HEALTH)
 _MEMORY = int(Mask.MEMORY)
 _SLOTS = int(Mask.SLOTS)
 _DEADLINE = int(Mask.DEADLINE)
@@ -25,48 +27,90 @@ class Router:
     def __init__(self, fleet: Fleet, policy: Policy, rng: Random) -> None:
         self._fleet = fleet
         self._rng = rng
+        self._none_cached = (0,) * len(fleet.books)
         self.policy = policy
 
     def candidates(self, entry: Entry, features: Features) -> list[Candidate]:
-        """All modes with predictions from now (ms) and the reasons not to choose them."""
-        request = entry.request
+        """All modes with predictions from now (ms) and the reasons not to choose them.
+
+        What does not depend on the request is folded per mode when its books change (`ModeBook.fold`).
+        """
+        request, fleet = entry.request, self._fleet
         prompt, expected = request.num_prompt_tokens, entry.expected_tokens
         total = prompt + request.max_tokens
         need = prompt + expected
+        t_us = entry.waiting_since_us + features.waited_us
         slack_ms = None if features.slack_us is None else features.slack_us * 0.001
+        steps = expected - 1
+        ends_itself = not request.ignore_eos and expected < request.max_tokens
+        cell = prompt_cell(prompt)
+        # What sharing the GPU costs: this request, and those that run on other engines.
+        num_all, num_busy, slow = fleet.num_running, fleet.num_busy, fleet.sharing.at
+        slow_idle, slow_busy = slow(num_busy), slow(num_busy - 1)
+        kept_idle, kept_busy = slow_busy / slow_idle, slow(num_busy - 2) / slow_busy
+        left_ms = (fleet.end_us - num_all * t_us) * 0.001
         made = []
         some_in_time = False
-        x_prompt = prompt * 0.001
-        for book, static in zip(self._fleet.books, entry.static_masks, strict=True):
-            mask = static
-            running = book.num_running
-            estimate = book.estimate
-            ttft = estimate.ttft
-            # The estimator's lines written out: this loop is the hot path of every decision.
-            ttft_ms = ttft.a + ttft.b * x_prompt
-            if book.up:
-                free = book.num_slots - running
-                if book.max_model_len is not None and total > book.max_model_len:
-                    mask |= _CONTEXT
-                if running and book.reserved_tokens + need > book.kv_capacity_tokens:
-                    mask |= _MEMORY
+        for book, static, hit in zip(
+            fleet.books, entry.static_masks, entry.cached_tokens or self._none_cached, strict=True
+        ):
+            (
+                mask, running, free, max_len, room, base_ms, read_ms, square_ms, tpot_ms, beside_ms, eos_ms, prompt_mj,
+                output_mj, ttft_row, tpot_row, energy_row,
+            ) = book.fold() if book.stale else book.folded  # fmt: skip
+            mask |= static
+            if total > max_len:
+                mask |= _CONTEXT
+            if need > room:
+                mask |= _MEMORY
+            new = prompt - hit
+            own_ms = new * (read_ms + square_ms * prompt)
+            queue_ms = delay_ms = 0.0
+            if running:
+                tpot_ms *= slow_busy * tpot_row[cell]
+                ttft_ms = (base_ms + own_ms) * slow_busy * ttft_row[cell]
+                e2el_ms = ttft_ms + tpot_ms * steps
+                ends = book.running.ends
+                beside_left_ms = (book.running.end_us - running * t_us) * 0.001
+                # Its neighbours wait while its prompt is read, and each of their steps is longer while both run.
+                steps_beside = beside_left_ms / tpot_ms
+                most = running * expected
+                delay_ms = own_ms * running
+                if steps_beside > 0.0:
+                    delay_ms += beside_ms * (steps_beside if steps_beside < most else most)
+                delay_ms *= slow_busy
+                others = num_all - running
+                if others and ends:
+                    # The other engines share the GPU with this one for longer, if it outlasts what runs here.
+                    longer_ms = e2el_ms - (ends[-1] - t_us) * 0.001
+                    if longer_ms > 0.0:
+                        delay_ms += _lost_ms(
+                            others * longer_ms, left_ms - beside_left_ms - others * (e2el_ms - longer_ms), kept_busy
+                        )
                 if free <= 0:
-                    mask |= _SLOTS
-                    ttft_ms += estimate.service_ms * (book.num_parked + 1) / book.num_slots
+                    queue_ms = book.wait_ms(book.num_parked, t_us)
+                    ttft_ms += queue_ms
+                    e2el_ms += queue_ms
             else:
-                mask |= _HEALTH
-                free = 0
-            tpot = estimate.tpot
-            tpot_ms = tpot.a + tpot.b * running
-            e2el_ms = ttft_ms + tpot_ms * (expected - 1)
+                tpot_ms *= slow_idle * tpot_row[cell]
+                ttft_ms = (base_ms + own_ms) * slow_idle * ttft_row[cell]
+                e2el_ms = ttft_ms + tpot_ms * steps
+                if num_all:
+                    delay_ms = _lost_ms(num_all * e2el_ms, left_ms, kept_idle)
+            if ends_itself:
+                e2el_ms += eos_ms
             if slack_ms is not None:
                 if e2el_ms > slack_ms:
                     mask |= _DEADLINE
                 elif not mask & ~_SLOTS:
                     some_in_time = True
-            rate = estimate.mj_per_token
-            energy_mj = None if rate is None else int(rate * need)
-            made.append(Candidate(book.name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free))
+            energy_mj = None
+            if output_mj >= 0.0:
+                energy = prompt_mj * new + output_mj * expected
+                energy_mj = int(energy if energy_row is None else energy * energy_row[cell])
+            made.append(
+                Candidate(book.name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free, queue_ms, delay_ms, hit)
+            )
         if slack_ms is not None and not some_in_time:
             # If the deadline alone masks all, late beats never: the policy chooses among them.
             made = [_lift_deadline(c) for c in made]
@@ -117,9 +161,13 @@ class Router:
         )
 
 
+def _lost_ms(shared_ms: float, left_ms: float, kept: float) -> float:
+    """What others lose who keep only this share of their speed: for `shared_ms`, or until they are done."""
+    if left_ms <= 0.0 or kept >= 1.0:
+        return 0.0
+    while_shared, until_done = shared_ms * (1.0 - kept), left_ms * (1.0 / kept - 1.0)
+    return while_shared if while_shared < until_done else until_done
+
+
 def _lift_deadline(c: Candidate) -> Candidate:
-    if not c.mask & _DEADLINE:
-        return c
-    return Candidate(
-        c.mode, c.mask & ~_DEADLINE, c.ttft_ms, c.tpot_ms, c.e2el_ms, c.energy_mj, c.num_running, c.num_free_slots
-    )
+    return structs.replace(c, mask=c.mask & ~_DEADLINE) if c.mask & _DEADLINE else c

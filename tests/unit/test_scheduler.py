@@ -95,7 +95,7 @@ def test_energy_settles_after_delivery_and_teaches_the_estimate() -> None:
     assert estimate.mj_per_token is None
     settled = [command for mj in (9_000, 18_000) for command in read(mj) if isinstance(command, c.Settle)]
     assert [(command.request_id, command.energy.settled) for command in settled] == [(request_id, True)]
-    assert estimate.mj_per_token == pytest.approx(settled[0].energy.energy_mj / 20)
+    assert estimate.mj_per_token == pytest.approx(settled[0].energy.dynamic_mj / 20)
     assert [accounts.residue_mj for accounts in world.scheduler.ledger.accounts()] == [0]
 
 
