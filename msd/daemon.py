@@ -21,7 +21,7 @@ import structlog
 import uvloop
 from msgspec import to_builtins
 
-from msd import logs, status
+from msd import logs, router_file, status
 from msd.clock import MonotonicClock
 from msd.config import Config
 from msd.core import events as e
@@ -69,7 +69,7 @@ class Daemon:
 
     def __init__(self, config: Config, base_dir: Path) -> None:
         """`base_dir`: what relative paths in the configuration count from."""
-        self._config = config
+        self._config = config = router_file.anchored(config, base_dir)
         self._base_dir = base_dir
         self._clock: Clock = MonotonicClock()
         self._notifier = Notifier()
@@ -127,6 +127,8 @@ class Daemon:
                     Random(config.daemon.seed),
                     self._clock,
                     start_timeout_s={engine.name: engine.start_timeout_s for engine in config.engine},
+                    may_move=[engine.name for engine in config.engine if engine.residency == "auto"],
+                    sleep_level=config.residency.sleep_level,
                 )
                 dispatcher.attach(pool)
                 self._ingress = ingress = ZmqIngress(

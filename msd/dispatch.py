@@ -16,7 +16,7 @@ from msd.core import commands as c
 from msd.core import events as e
 from msd.core.entry import Phase
 from msd.core.scheduler import Scheduler
-from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Request, Result
+from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Request, Residence, Result
 from msd.egress import TOKEN_BYTES, Egress
 from msd.engine.pool import Pool
 from msd.ingress.accept import Acceptor, RefusedSubmitError
@@ -122,7 +122,7 @@ class Dispatcher:
             case c.Shadow():
                 pass  # TODO(gate)
             case c.Transit():
-                pass  # TODO(residency)
+                self.pool.transit(command.engine, command.to)
             case c.Reject():
                 self._staged.pop(command.request_id, None)
                 self.egress.reject(command.request_id, command.error_code, command.message, command.retry_after_ms)
@@ -304,6 +304,10 @@ class Dispatcher:
     def on_engine_lost(self, engine: str, kind: ExitKind, reason: str) -> None:
         """An engine is gone."""
         self.post(e.EngineLost(self._clock.now_us(), engine, kind, reason))
+
+    def on_engine_asleep(self, engine: str, residence: Residence, took_s: float) -> None:
+        """An engine left the GPU as it was told to."""
+        self.post(e.EngineAsleep(self._clock.now_us(), engine, residence, took_s))
 
     def on_engine_stepped(self, engine: str, load: EngineLoad, progress: tuple[tuple[str, int], ...]) -> None:
         """Gauges and progress of one engine."""

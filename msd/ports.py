@@ -26,6 +26,7 @@ from msd.domain import (
     Observation,
     Prompt,
     Request,
+    Residence,
     Result,
 )
 from msd.wire import ChatMessage, Delta, ServerMessage, Submit
@@ -83,6 +84,17 @@ class Engine(Protocol):
         """The engine's own gauges, as of its last step."""
         ...
 
+    async def sleep(self, level: int) -> None:
+        """Leave the GPU, with nothing running: weights to host memory (level 1) or away (2); `wake` brings them back.
+
+        Only for an engine whose `EngineInfo.can_sleep`. Raises EngineError when it fails: the engine is of no more use.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Be as after `start` again. Raises EngineError when it fails: the engine is of no more use."""
+        ...
+
     async def lost(self) -> tuple[ExitKind, str]:
         """Wait until the engine dies without having been stopped; say why."""
         ...
@@ -117,6 +129,10 @@ class EngineSink(Protocol):
 
     def on_engine_lost(self, engine: str, kind: ExitKind, reason: str) -> None:
         """An engine takes no requests (any more), or did not start. Its attempts have been reported before."""
+        ...
+
+    def on_engine_asleep(self, engine: str, residence: Residence, took_s: float) -> None:
+        """An engine left the GPU because it was told to: asleep or, also where it cannot sleep, cold."""
         ...
 
     def on_engine_stepped(self, engine: str, load: EngineLoad, progress: tuple[tuple[str, int], ...]) -> None:

@@ -23,7 +23,7 @@ Millijoules = Annotated[float, Meta(ge=0, le=1e7)]
 Ratio = Annotated[float, Meta(ge=0, le=1e6)]
 Watts = Annotated[float, Meta(ge=0, le=10_000)]
 
-POLICY_NAMES: Final = ("fixed", "random", "round_robin", "rules", "cost")
+POLICY_NAMES: Final = ("fixed", "random", "round_robin", "rules", "cost", "learned")
 """What `policy.name` may be. The policies themselves are above this layer; a test holds the two lists together."""
 
 
@@ -187,6 +187,10 @@ class SimEngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kv_capacity_tokens: Annotated[Count, Meta(description="Tokens that the KV cache holds.")] = 200_000
     max_model_len: Annotated[Count, Meta(description="Longest prompt plus output, in tokens.")] = 8_192
     start_s: Annotated[Annotated[float, Meta(ge=0, le=3_600)], Meta(description="Time to come up.")] = 0.2
+    sleep_s: Annotated[
+        Annotated[float, Meta(ge=0, le=3_600)], Meta(description="Mean time to go to sleep (with `residency = auto`).")
+    ] = 0.3
+    wake_s: Annotated[Annotated[float, Meta(ge=0, le=3_600)], Meta(description="Mean time to wake.")] = 0.5
     tokens_per_step: Annotated[
         Annotated[float, Meta(ge=1, le=16)],
         Meta(description="Mean tokens per decode step; speculation accepts more than 1."),
@@ -281,7 +285,10 @@ class CostConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 0.02
     energy_ratio_max: Annotated[
         Ratio,
-        Meta(description="A mode may cost at most this many times the reference mode's energy. 0: no bound."),
+        Meta(
+            description="A mode may take at most this many times the energy of its model's first mode of full precision "
+            "without speculation, unless nothing else is left. 0: no bound."
+        ),
     ] = 0.0
 
 

@@ -65,6 +65,12 @@ class NoopEngine:
         """Requests whose generators are open."""
         return EngineLoad(num_running=self._num_running)
 
+    async def sleep(self, level: int) -> None:
+        """Nothing to free."""
+
+    async def wake(self) -> None:
+        """Nothing to load."""
+
     async def lost(self) -> tuple[ExitKind, str]:
         """Never returns: there is nothing that could die."""
         never: asyncio.Future[tuple[ExitKind, str]] = asyncio.get_running_loop().create_future()

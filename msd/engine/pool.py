@@ -6,7 +6,7 @@ All state is written on the loop, by the pool's own tasks. The pool knows no vLL
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing
 from enum import Enum
 from random import Random
@@ -15,7 +15,7 @@ from typing import Literal
 import structlog
 from msgspec import Struct
 
-from msd.domain import EngineInfo, EngineLoad, ExitKind, Prompt
+from msd.domain import EngineInfo, EngineLoad, ExitKind, Prompt, Residence, Sampling
 from msd.errors import (
     EngineError,
     EngineLostError,
@@ -26,7 +26,7 @@ from msd.errors import (
 )
 from msd.ports import Clock, Engine, EngineSink
 
-EngineState = Literal["starting", "up", "backoff", "failed", "stopped"]
+EngineState = Literal["starting", "up", "asleep", "cold", "backoff", "failed", "stopped"]
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
@@ -39,12 +39,22 @@ BREAKER_DEATHS = 5
 BREAKER_WINDOW_S = 600.0
 BREAKER_PROBE_S = 300.0
 STEPPED_INTERVAL_US = 50_000
+TRANSITION_TIMEOUT_S = 120.0
+"""A sleep or a wake (with its canary) that takes longer has failed."""
+CANARY_PROMPT = Prompt(
+    token_ids=tuple(5 + index % 40 for index in range(24)), sampling=Sampling(temperature=0.0, ignore_eos=True)
+)
+CANARY_TOKENS = 16
+"""After a wake an engine must say of CANARY_PROMPT what it said after its start: some have woken to talk gibberish."""
 
 log = structlog.get_logger(__name__)
 
 
 class EngineStatus(Struct, frozen=True, kw_only=True):
-    """What the pool knows of one engine. `failed`: it died too often and is only probed every few minutes."""
+    """What the pool knows of one engine. `failed`: it died too often and is only probed every few minutes.
+
+    `asleep` and `cold` (not running): it was told to leave the GPU.
+    """
 
     engine: str
     state: EngineState
@@ -81,14 +91,21 @@ class _Slot:
     """One configured engine: the live object, if any, and its history."""
 
     __slots__ = (
-        "attempts", "breaker_open", "deaths_us", "engine", "factory", "info", "last_error", "name", "num_failures",
-        "num_finished", "num_starts", "state", "state_since_us", "stepped_timer", "stepped_us", "task", "trouble",
-        "up_us",
+        "attempts", "breaker_open", "canary", "deaths_us", "engine", "factory", "info", "last_error", "may_move",
+        "name", "num_failures", "num_finished", "num_starts", "owes_answer", "state", "state_since_us", "stepped_timer",
+        "stepped_us", "task", "trouble", "up_us", "wanted", "wish",
     )  # fmt: skip
 
-    def __init__(self, name: str, factory: Callable[[], Engine]) -> None:
+    def __init__(self, name: str, factory: Callable[[], Engine], *, may_move: bool) -> None:
         self.name = name
         self.factory = factory
+        self.may_move = may_move
+        self.wanted: Residence = "cold" if may_move else "resident"
+        self.wish = asyncio.Event()
+        """Set when `wanted` changes."""
+        self.owes_answer = False
+        """It was told to leave, and has not said yet that it is gone."""
+        self.canary: tuple[int, ...] = ()
         self.state: EngineState = "starting"
         self.state_since_us = 0
         self.engine: Engine | None = None
@@ -119,16 +136,22 @@ class Pool:
         clock: Clock,
         *,
         start_timeout_s: Mapping[str, float] | None = None,
+        may_move: Collection[str] = (),
+        sleep_level: int = 1,
     ) -> None:
-        """`factories` make a new engine object per start, in the order in which engines start."""
-        self._slots = {name: _Slot(name, factory) for name, factory in factories.items()}
+        """`factories` make a new engine object per start, in the order in which engines start.
+
+        `may_move`: engines that start, sleep, wake and stop when `transit` says so; the others start at once and stay.
+        """
+        self._slots = {name: _Slot(name, factory, may_move=name in may_move) for name, factory in factories.items()}
+        self._sleep_level = sleep_level
         self._sink = sink
         self._read_prompt = read_prompt
         self._rng = rng
         self._clock = clock
         self._start_timeout_s = dict(start_timeout_s or {})
         self._transition = asyncio.Lock()
-        """Held around start and stop: two engines that size their memory at once both get it wrong."""
+        """Held around start, stop, sleep and wake: two engines that size their memory at once both get it wrong."""
         self._group: asyncio.TaskGroup | None = None
         self._stopping = False
         self._ended = asyncio.Event()
@@ -164,6 +187,17 @@ class Pool:
         except TimeoutError:
             return False
         return True
+
+    def transit(self, engine: str, to: Residence) -> None:
+        """Bring an engine elsewhere that may move: `on_engine_up`, `on_engine_asleep` or `on_engine_lost` follows.
+
+        What cannot sleep is stopped instead, and reported `cold`.
+        """
+        slot = self._slots[engine]
+        assert slot.may_move, f"engine {engine} was not to move"
+        slot.wanted = to
+        slot.owes_answer = to != "resident"
+        slot.wish.set()
 
     def status(self) -> list[EngineStatus]:
         """One entry per configured engine, in their order."""
@@ -282,13 +316,20 @@ class Pool:
         """Start the engine, wait until it dies, start it again after a while; until cancelled by `stop`."""
         try:
             while not self._stopping:
+                if slot.wanted != "resident":
+                    await self._stay_away(slot)
+                    continue
                 started = await self._start(slot)
                 if started is not None:
-                    kind, reason = await self._until_lost(slot, started)
-                    await self._lose(slot, kind, reason)
+                    loss = await self._serve(slot, started)
+                    if loss is None:
+                        continue
+                    await self._lose(slot, *loss)
+                if slot.wanted != "resident":
+                    continue
                 delay_s = self._backoff_s(slot)
                 log.info("engine_restarts_later", engine=slot.name, state=slot.state, delay_s=round(delay_s, 2))
-                await asyncio.sleep(delay_s)
+                await self._pause(slot, delay_s)
         finally:
             engine, slot.engine = slot.engine, None
             self._enter(slot, "stopped")
@@ -298,6 +339,116 @@ class Pool:
             if engine is not None:
                 await self._put_down(engine)
                 log.info("engine_stopped", engine=slot.name)
+
+    async def _pause(self, slot: _Slot, delay_s: float) -> None:
+        """Wait before the next start, unless the engine is not to come back."""
+        if not slot.may_move:
+            await asyncio.sleep(delay_s)
+            return
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._wished(slot)
+        except TimeoutError:
+            pass
+
+    async def _wished(self, slot: _Slot) -> None:
+        await slot.wish.wait()
+        slot.wish.clear()
+
+    async def _stay_away(self, slot: _Slot) -> None:
+        """There is no engine, and none is wanted, until one is."""
+        self._enter(slot, "cold")
+        self._tell_gone(slot, "cold", 0.0)
+        await self._wished(slot)
+
+    def _tell_gone(self, slot: _Slot, residence: Residence, took_s: float) -> None:
+        if slot.owes_answer:
+            slot.owes_answer = False
+            self._sink.on_engine_asleep(slot.name, residence, took_s)
+
+    async def _serve(self, slot: _Slot, engine: Engine) -> tuple[ExitKind, str] | None:
+        """While the engine lives, put it to sleep and wake it as wanted. None: it was stopped, as wanted."""
+        while True:
+            loss = await self._until_lost(slot, engine)
+            if loss is not None:
+                return loss
+            error = ""
+            if slot.wanted == "resident":
+                if slot.state == "asleep":
+                    error = await self._wake(slot, engine)
+                elif slot.info is not None:
+                    self._sink.on_engine_up(slot.info)
+            elif slot.wanted == "asleep" and slot.info is not None and slot.info.can_sleep:
+                if slot.state == "asleep":
+                    self._tell_gone(slot, "asleep", 0.0)
+                else:
+                    error = await self._put_to_sleep(slot, engine)
+            else:
+                await self._send_away(slot)
+                return None
+            if error:
+                return ExitKind.DIED, error
+
+    async def _put_to_sleep(self, slot: _Slot, engine: Engine) -> str:
+        """Returns why it failed; the engine is then replaced."""
+        async with self._transition:
+            self._enter(slot, "asleep")
+            await self._end_attempts(slot)
+            began_us = self._clock.now_us()
+            try:
+                async with asyncio.timeout(TRANSITION_TIMEOUT_S):
+                    await engine.sleep(self._sleep_level)
+            except (MsdError, TimeoutError) as error:
+                return f"engine {slot.name} did not go to sleep: {str(error) or 'timeout'}"
+            took_s = (self._clock.now_us() - began_us) / 1e6
+        log.info("engine_asleep", engine=slot.name, took_s=round(took_s, 3))
+        self._tell_gone(slot, "asleep", took_s)
+        return ""
+
+    async def _wake(self, slot: _Slot, engine: Engine) -> str:
+        """Returns why it failed; the engine is then replaced."""
+        assert slot.info is not None, "woken before it was up"
+        async with self._transition:
+            began_us = self._clock.now_us()
+            try:
+                async with asyncio.timeout(TRANSITION_TIMEOUT_S):
+                    await engine.wake()
+                    said = await self._say_canary(slot, engine)
+            except (MsdError, TimeoutError) as error:
+                return f"engine {slot.name} did not wake: {str(error) or 'timeout'}"
+            if said[: len(slot.canary)] != slot.canary:
+                return f"engine {slot.name} talks gibberish since it woke: the canary's tokens differ"
+            took_s = (self._clock.now_us() - began_us) / 1e6
+            self._enter(slot, "up")
+        log.info("engine_awake", engine=slot.name, took_s=round(took_s, 3))
+        self._sink.on_engine_up(slot.info)
+        return ""
+
+    async def _send_away(self, slot: _Slot) -> None:
+        """Stop an engine that is not wanted on the GPU."""
+        why = "wanted cold" if slot.wanted == "cold" else "it cannot sleep"
+        async with self._transition:
+            self._enter(slot, "cold")
+            await self._end_attempts(slot)
+            began_us = self._clock.now_us()
+            await self._discard(slot)
+            took_s = (self._clock.now_us() - began_us) / 1e6
+        log.info("engine_cold", engine=slot.name, why=why, took_s=round(took_s, 3))
+        self._tell_gone(slot, "cold", took_s)
+
+    async def _say_canary(self, slot: _Slot, engine: Engine) -> tuple[int, ...]:
+        said: list[int] = []
+        name = f"canary {slot.name}"
+        async with aclosing(engine.generate(name, CANARY_PROMPT, CANARY_TOKENS, 0)) as chunks:
+            async for chunk in chunks:
+                said.extend(chunk.token_ids)
+        return tuple(said)
+
+    async def _learn_canary(self, slot: _Slot, engine: Engine) -> None:
+        """Tokens on which two runs agree: kernels that add in another order each time may part late in an answer."""
+        first, second = await self._say_canary(slot, engine), await self._say_canary(slot, engine)
+        same = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
+        slot.canary = first[:same]
 
     async def _start(self, slot: _Slot) -> Engine | None:
         """Bring a new engine up under the transition lock; None, with `last_error` set, when it did not come."""
@@ -313,6 +464,8 @@ class Pool:
                 engine = slot.engine = slot.factory()
                 async with asyncio.timeout(limit_s):
                     info = await engine.start()
+                    if slot.may_move:
+                        await self._learn_canary(slot, engine)
             except EngineStartError as error:
                 slot.last_error = "\n".join((str(error), *error.last_lines))
             except MsdError as error:
@@ -331,30 +484,41 @@ class Pool:
             await self._discard(slot)
         return None
 
-    async def _until_lost(self, slot: _Slot, engine: Engine) -> tuple[ExitKind, str]:
-        """Wait until the engine says that it is lost, or one of its requests found out first."""
+    async def _until_lost(self, slot: _Slot, engine: Engine) -> tuple[ExitKind, str] | None:
+        """Wait until the engine says that it is lost, or one of its requests found out first; None: a wish came."""
         trouble = slot.trouble = asyncio.get_running_loop().create_future()
         lost = asyncio.ensure_future(engine.lost())
+        wished = asyncio.ensure_future(self._wished(slot)) if slot.may_move else None
         try:
-            await asyncio.wait((lost, trouble), return_when=asyncio.FIRST_COMPLETED)
-            return lost.result() if lost.done() else (ExitKind.DIED, trouble.result())
+            waits = (lost, trouble) if wished is None else (lost, trouble, wished)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                return lost.result()
+            return (ExitKind.DIED, trouble.result()) if trouble.done() else None
         finally:
             slot.trouble = None
             lost.cancel()
+            if wished is not None:
+                if wished.done() and (lost.done() or trouble.done()):
+                    slot.wish.set()  # it is still to be heard
+                wished.cancel()
 
     async def _lose(self, slot: _Slot, kind: ExitKind, reason: str) -> None:
         """Report a dead engine's attempts, then the engine; free what it left."""
         self._enter(slot, "backoff")
         slot.last_error = reason
         log.error("engine_lost", engine=slot.name, reason=reason, num_attempts=len(slot.attempts))
+        await self._end_attempts(slot)
+        self._sink.on_engine_lost(slot.name, kind, reason)
+        async with self._transition:
+            await self._discard(slot)
+
+    async def _end_attempts(self, slot: _Slot) -> None:
         while slot.attempts:  # one may come while these end: the core has not heard of the loss yet
             entries = tuple(slot.attempts.values())
             for entry in entries:
                 self._interrupt(entry, _End.LOST)
             await asyncio.wait([entry.task for entry in entries if entry.task is not None])
-        self._sink.on_engine_lost(slot.name, kind, reason)
-        async with self._transition:
-            await self._discard(slot)
 
     async def _discard(self, slot: _Slot) -> None:
         engine, slot.engine, slot.info = slot.engine, None, None

@@ -115,6 +115,7 @@ class VllmEngine:
         self._max_model_len = 0
         self._num_open = 0
         self._gauges = EngineLoad()
+        self._sleep_level = 0  # 0: it is awake
         self._stopped = False
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -145,7 +146,39 @@ class VllmEngine:
             idle_ttft_ms=ttft_ms,
             idle_tpot_ms=tpot_ms,
             start_s=time.monotonic() - began,
+            can_sleep=self._config.residency == "auto" and not _is_cpu(),
         )
+
+    async def sleep(self, level: int) -> None:
+        """Drop the KV cache and, at level 2, the weights too. On a CPU vLLM has no sleep."""
+        llm = self._llm
+        if llm is None or self._stopped:
+            raise EngineLostError(f"engine {self.name} is not up")
+        if _is_cpu():
+            raise EngineError(f"engine {self.name} cannot sleep", remedy="vLLM has no sleep mode on a CPU")
+        self._sleep_level = level
+        try:
+            await llm.sleep(level)
+        except Exception as error:  # as in `generate`
+            raise self._translate(error) from error
+
+    async def wake(self) -> None:
+        """Bring everything back; at level 2 the weights are loaded again. What the prefix cache held is gone."""
+        llm = self._llm
+        if llm is None or self._stopped:
+            raise EngineLostError(f"engine {self.name} is not up")
+        try:
+            if self._sleep_level == 2:
+                # Memory for the weights, the weights, and only then the KV cache: both at once need not fit.
+                await llm.wake_up(["weights"])
+                await llm.collective_rpc("reload_weights")
+                await llm.wake_up(["kv_cache"])
+            else:
+                await llm.wake_up()
+            await llm.reset_prefix_cache()
+        except Exception as error:  # as in `generate`
+            raise self._translate(error) from error
+        self._sleep_level = 0
 
     async def lost(self) -> tuple[ExitKind, str]:
         """Wait for the end of the EngineCore, or for vLLM to give it up; noticed within half a second."""
@@ -184,7 +217,7 @@ class VllmEngine:
     async def generate(self, request_id: str, prompt: Prompt, max_tokens: int, priority: int) -> AsyncGenerator[Chunk]:
         """Stream vLLM's deltas. The prompt's ids are handed on as they are: nothing is tokenised twice."""
         llm = self._llm
-        if llm is None or self._stopped:
+        if llm is None or self._stopped or self._sleep_level:
             raise EngineLostError(f"engine {self.name} is not up")
         num_prompt_tokens = len(prompt.token_ids)
         if num_prompt_tokens >= self._max_model_len:

@@ -82,6 +82,8 @@ def build_arguments(config: EngineConfig, model: str, *, is_cpu: bool, base_dir:
         "max_num_queued_reqs": MAX_QUEUED_PER_SLOT * config.max_num_seqs,
         "max_num_queued_tokens": MAX_QUEUED_TOKENS,
     }
+    if config.residency == "auto" and not is_cpu:
+        arguments["enable_sleep_mode"] = True  # on a CPU there is none: the engine is stopped and started instead
     if config.precision == "fp8" and not config.weights:
         arguments["quantization"] = "fp8"  # of bf16 weights, while they are loaded
     if not is_cpu:

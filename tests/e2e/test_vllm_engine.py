@@ -90,6 +90,9 @@ class Sink:
     def on_engine_lost(self, engine: str, kind: ExitKind, reason: str) -> None:
         self.reports.append(("lost", engine, kind))
 
+    def on_engine_asleep(self, engine: str, residence: str, took_s: float) -> None:
+        raise AssertionError(f"{engine} was not told to leave")
+
     def on_engine_stepped(self, engine: str, load: EngineLoad, progress: tuple[tuple[str, int], ...]) -> None:
         assert load.num_running <= 32
 

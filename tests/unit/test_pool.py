@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from msd.config import EngineConfig, SimEngineConfig
-from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Sampling
+from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Residence, Sampling
 from msd.engine.pool import BREAKER_DEATHS, BREAKER_PROBE_S, STEPPED_INTERVAL_US, Pool
 from msd.engine.sim import SimEngine
 from msd.errors import EngineStartError, JournalError
@@ -51,6 +51,9 @@ class RecordingSink:
 
     def on_engine_lost(self, engine: str, kind: ExitKind, reason: str) -> None:
         self._note("lost", engine, kind, reason)
+
+    def on_engine_asleep(self, engine: str, residence: Residence, took_s: float) -> None:
+        self._note("asleep", engine, residence)
 
     def on_engine_stepped(self, engine: str, load: EngineLoad, progress: tuple[tuple[str, int], ...]) -> None:
         self._note("stepped", engine, load.num_running, progress)
