@@ -13,26 +13,24 @@ def apportion(amount: int, weights: Sequence[int], ids: Sequence[str]) -> list[i
     total = sum(weights)
     if total == 0:
         return [0] * len(weights)
-    if weights.count(weights[0]) == len(weights):  # static energy of runs that span the whole interval
-        share, missing = divmod(amount, len(weights))
-        parts = [share] * len(weights)
-        for i in sorted(range(len(ids)), key=ids.__getitem__)[:missing]:
-            parts[i] += 1
-        return parts
-    parts = [amount * weight // total for weight in weights]
+    scaled = [amount * weight for weight in weights]
+    parts = [product // total for product in scaled]
     missing = amount - sum(parts)
     if missing == 0:
         return parts
-    remainders = [amount * weight - part * total for weight, part in zip(weights, parts, strict=True)]
-    order = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)
-    # Only at the cut can a tie matter, and comparing every id would double the cost: equal static shares always tie.
-    cut = remainders[order[missing]]
-    if remainders[order[missing - 1]] != cut:
-        winners = order[:missing]
-    else:
-        above = [i for i in order[:missing] if remainders[i] > cut]
-        tied = sorted((i for i in order if remainders[i] == cut), key=ids.__getitem__)
-        winners = above + tied[: missing - len(above)]
-    for winner in winners:
-        parts[winner] += 1
+    remainders = [product % total for product in scaled]
+    # Sorting the figures and not the places is half the cost, and comparing every id would double it: only at the cut
+    # can a tie matter. Equal static shares always tie.
+    cut = sorted(remainders)[-missing]
+    tied = []
+    for i, remainder in enumerate(remainders):
+        if remainder > cut:
+            parts[i] += 1
+            missing -= 1
+        elif remainder == cut:
+            tied.append(i)
+    if len(tied) > missing:
+        tied.sort(key=ids.__getitem__)
+    for i in tied[:missing]:
+        parts[i] += 1
     return parts

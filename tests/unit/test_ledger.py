@@ -9,7 +9,7 @@ import pytest
 from msd.config import EnergyConfig
 from msd.core.apportion import apportion
 from msd.core.energy_domain import Coefficients
-from msd.core.idle_power import MIN_SAMPLES, IdlePower
+from msd.core.idle_power import MIN_SAMPLES, IdleFacts, IdlePower
 from msd.core.ledger import GIVE_UP_US, Accounts, Ledger
 from msd.domain import CounterReading, Energy, EnergySource
 
@@ -278,7 +278,7 @@ def test_simulated_stays_simulated() -> None:
     assert provisional.source == "simulated"
     [(_, energy)] = ledger.counter(reading(100 * MS, 100, source="simulated"))
     assert energy.source == "simulated"
-    assert {booked.source for booked in ledger.booked(GPU)} == {"simulated"}
+    assert only(ledger).source == "simulated"
     with pytest.raises(AssertionError, match="simulated and real"):
         ledger.counter(reading(200 * MS, 200))
 
@@ -312,9 +312,15 @@ def test_two_gpus_add_up() -> None:
 def test_idle_power_is_the_low_percentile_of_calm_intervals_per_resident_set() -> None:
     idle = IdlePower(50_000)
     both, one = frozenset({"a", "b"}), frozenset({"a"})
-    for watts in range(100, 100 + MIN_SAMPLES):
+    for watts in range(100, 100 + MIN_SAMPLES - 1):
         idle.observe(both, watts * 1_000, S)
+    assert idle.facts(both, None) == IdleFacts(50_000, "configured")
+    for watts in range(200, 216 - MIN_SAMPLES + 1):
+        idle.observe(both, watts * 1_000, S, 7 * S)
     assert idle.current_mw(both, None) == 103_000
+    assert idle.facts(both, None) == IdleFacts(103_000, "learnt", 105_000, 7 * S)
+    assert idle.facts(both, 75.5).origin == "stated"
+    assert IdlePower(0).facts(both, None).origin == "unknown"
     assert idle.current_mw(one, None) == 50_000
     assert idle.current_mw(both, 75.5) == 75_500
 
