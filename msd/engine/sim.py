@@ -8,11 +8,14 @@ The model (parameters: `config.SimEngineConfig`; the GPU's own part: `msd.simgpu
   prompts per step, and while prompt plus output bound fit into the KV cache (reserved at once: nothing is preempted).
   A prompt is prefilled whole in one step and gives its first token at the step's end.
 - A running request gains `tokens_per_step` tokens per step (a fraction adds up: 1.5 gives 1, 2, 1, 2, ...).
+- With **prefix caching**, full blocks of a prompt that were computed before and not pushed out since (least recently
+  used first, as many as the KV cache holds) are not computed again; they take KV room all the same.
 - A step draws `step_mj + prefill_mj_per_token * prompt tokens + decode_mj_per_token * tokens generated`, times a
-  seeded noise of 3 %.
+  seeded noise of 3 %; its time is exact, or has a seeded log-normal noise (`step_noise`) in worlds that ask for one.
 - **Output** is filler: words from a fixed table, from a place that the prompt and the seed give. Its length is
-  `max_tokens`, or, when EOS is honoured and `output_tokens` is set, geometric with that mean, also given by the prompt.
-  Stop strings are honoured. Prefix caching, chunked prefill and preemption are not modelled.
+  `max_tokens`; when EOS is honoured, what the request's tag `sim_output_tokens` says, or geometric with the mean
+  `output_tokens`, where set, also given by the prompt. Stop strings are honoured. Chunked prefill and preemption are
+  not modelled.
 
 How it runs: no task, no thread, no clock of its own. One timer of the loop is set to the next *interesting* instant (a
 prefill is over, a request finishes, deltas are due); steps in between are taken in one jump. A request that arrives
@@ -22,6 +25,7 @@ cuts the jump at the boundary of the step under way, so that jumping changes no 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from enum import Enum
 from functools import lru_cache
@@ -33,9 +37,10 @@ from zlib import crc32
 from msgspec import msgpack
 
 from msd.config import EngineConfig
+from msd.core.prefixes import BLOCK_TOKENS, hash_blocks
 from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt
 from msd.engine.tokens import SIM_WORD_CHARS, SIM_WORDS
-from msd.errors import EngineLostError, EngineStartError, RequestRefusedByEngineError
+from msd.errors import EngineError, EngineLostError, EngineStartError, RequestRefusedByEngineError
 from msd.ports import Clock
 from msd.simgpu import SimGpu
 
@@ -47,7 +52,11 @@ ENERGY_NOISE = 0.03
 NOISE_WIDTH = ENERGY_NOISE * sqrt(12)
 """Of the uniform distribution with that standard deviation: it costs a fifth of a Gaussian one."""
 WARM_UP_PROMPT_TOKENS = 32
+TRANSITION_SIGMA = 0.2
+"""Of the log-normal factor on the time of each sleep and wake."""
 FILLER_TOKENS = 16_384
+OUTPUT_TAG = "sim_output_tokens"
+"""Tag of a request that says how long its answer is, if EOS is honoured; traffic of known lengths is made with it."""
 
 
 @lru_cache(maxsize=1)
@@ -62,6 +71,7 @@ def _filler() -> tuple[tuple[int, ...], str]:
 class _State(Enum):
     NEW = "it is not up"
     UP = "up"
+    ASLEEP = "it sleeps"
     LOST = "lost"
     STOPPED = "it was stopped"
 
@@ -74,13 +84,15 @@ class _Run:
     """
 
     __slots__ = (
-        "begin", "finish_reason", "kv_tokens", "length", "num_prompt_tokens", "over", "ready", "request_id", "sent",
-        "step", "text_chars", "waiter",
+        "begin", "blocks", "finish_reason", "kv_tokens", "length", "num_cached_tokens", "num_prompt_tokens", "over",
+        "ready", "request_id", "sent", "step", "text_chars", "waiter",
     )  # fmt: skip
 
     def __init__(self, request_id: str, num_prompt_tokens: int, kv_tokens: int, begin: int, length: int) -> None:
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
+        self.blocks: tuple[int, ...] = ()
+        self.num_cached_tokens = 0
         self.kv_tokens = kv_tokens
         self.begin = begin
         self.length = length
@@ -109,7 +121,7 @@ class _Run:
         if last * SIM_WORD_CHARS > self.text_chars:  # a stop string is not part of the text
             end_char = max(begin * SIM_WORD_CHARS, end_char - last * SIM_WORD_CHARS + self.text_chars)
         finish_reason = self.finish_reason if last == self.length and self.over else None
-        return Chunk(ids[begin:end], text[begin * SIM_WORD_CHARS : end_char], finish_reason)
+        return Chunk(ids[begin:end], text[begin * SIM_WORD_CHARS : end_char], finish_reason, self.num_cached_tokens)
 
 
 class SimEngine:
@@ -125,6 +137,7 @@ class SimEngine:
         rng: Random,
         *,
         emit_interval_ms: float = EMIT_INTERVAL_MS,
+        step_noise: float = 0.0,
     ) -> None:
         self.name = config.name
         self._sim = config.sim
@@ -132,6 +145,9 @@ class SimEngine:
         self._gpu = gpu
         self._clock = clock
         self._rng = rng
+        self._step_noise = step_noise
+        self._cache_blocks = config.sim.kv_capacity_tokens // BLOCK_TOKENS if config.prefix_caching else 0
+        self._cache: OrderedDict[int, None] = OrderedDict()
         self._emit_interval_us = round(emit_interval_ms * 1_000)
         self._filler_ids, self._filler_text = _filler()
         self._waiting: dict[str, _Run] = {}
@@ -148,7 +164,10 @@ class SimEngine:
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # known from `start` on
         self._state = _State.NEW
+        self._sleep_level = 1
         self._hung = False
+        self._broken: set[str] = set()
+        self._garbled = 0
         self._exit: asyncio.Future[tuple[ExitKind, str]] | None = None
 
     # --- the port --------------------------------------------------------------------------------------------------
@@ -208,6 +227,39 @@ class SimEngine:
             kv_usage=self._kv_reserved / self._sim.kv_capacity_tokens,
         )
 
+    async def sleep(self, level: int) -> None:
+        """Free the memory of the weights after about `sleep_s`; at level 2 `wake` takes `start_s`."""
+        self._check_up()
+        assert not self._running, "put to sleep while requests run"
+        assert not self._waiting, "put to sleep while requests wait"
+        self._state = _State.ASLEEP
+        self._sleep_level = level
+        self._cache.clear()
+        await self._take_s("sleep", self._sim.sleep_s)
+        self._gpu.detach(self.name, self._clock.now_us())
+
+    async def wake(self) -> None:
+        """Take the memory again and be up after about `wake_s`. Raises EngineError when it is taken."""
+        if self._state is not _State.ASLEEP:
+            raise EngineError(f"engine {self.name} does not sleep: {self._state.value}")
+        if not self._gpu.attach(self.name, self._sim.weights_bytes, self._share_changed):
+            free = self._gpu.memory_bytes - self._gpu.memory_used_bytes
+            raise EngineError(
+                f"engine {self.name} cannot wake: {self._sim.weights_bytes} bytes of weights, {free} bytes are free"
+            )
+        await self._take_s("wake", self._sim.wake_s if self._sleep_level == 1 else self._sim.start_s)
+        self._state = _State.UP
+
+    async def _take_s(self, what: str, seconds: float) -> None:
+        await asyncio.sleep(seconds * self._rng.lognormvariate(0.0, TRANSITION_SIGMA))
+        if self._state is not _State.ASLEEP:
+            raise EngineLostError(f"engine {self.name}: {self._state.value}")
+        if what in self._broken:
+            self._broken.discard(what)
+            raise EngineError(f"engine {self.name}: the {what} failed, as it was told to")
+        if what == "wake" and "answers" in self._broken:
+            self._garbled = 1
+
     async def lost(self) -> tuple[ExitKind, str]:
         """Wait for `die`."""
         assert self._exit is not None, "lost() before start()"
@@ -222,9 +274,14 @@ class SimEngine:
 
     def die(self, kind: ExitKind = ExitKind.DIED, reason: str = "killed by a test") -> None:
         """Lose the engine as a killed process is lost: its requests, its memory. Nothing happens unless it is up."""
-        if self._state is _State.UP and self._exit is not None:
+        if self._state in (_State.UP, _State.ASLEEP) and self._exit is not None and not self._exit.done():
             self._exit.set_result((kind, reason))
             self._end(_State.LOST)
+
+    def break_next(self, what: str) -> None:
+        """Let the next `sleep` or `wake` fail, or (`answers`) the engine talk gibberish after its next wake."""
+        assert what in ("sleep", "wake", "answers"), what
+        self._broken.add(what)
 
     def hang(self) -> None:
         """Make no progress any more while looking healthy; the work in hand keeps the GPU no longer than it takes."""
@@ -258,9 +315,17 @@ class SimEngine:
         seed = prompt.sampling.seed
         ends = (*prompt.token_ids[-16:], num_prompt_tokens, -1 if seed is None else seed)
         digest = crc32(msgpack.encode(ends))
-        run = _Run(request_id, num_prompt_tokens, kv_tokens, digest % FILLER_TOKENS, length)
+        begin = (digest + self._garbled) % FILLER_TOKENS
+        run = _Run(request_id, num_prompt_tokens, kv_tokens, begin, length)
+        if self._cache_blocks:
+            run.blocks = hash_blocks(prompt.token_ids)
         mean = self._sim.output_tokens
-        if mean > 1 and not prompt.sampling.ignore_eos:
+        told = prompt.tags.get(OUTPUT_TAG, "")
+        if told.isdecimal() and not prompt.sampling.ignore_eos:
+            num_tokens = max(1, int(told))
+            if num_tokens <= length:
+                run.length, run.finish_reason, run.text_chars = num_tokens, "stop", num_tokens * SIM_WORD_CHARS
+        elif mean > 1 and not prompt.sampling.ignore_eos:
             uniform = ((digest >> 8) + 1) / (2**24 + 1)
             num_tokens = 1 + int(log(uniform) / log(1 - 1 / mean))
             if num_tokens <= length:
@@ -311,8 +376,10 @@ class SimEngine:
             return
         num_prefill_tokens = 0
         for run in newcomers:
-            num_prefill_tokens += run.num_prompt_tokens
+            num_prefill_tokens += run.num_prompt_tokens - run.num_cached_tokens
         step_ms = sim.step_ms + sim.prefill_ms_per_token * num_prefill_tokens + sim.decode_ms_per_request * num_running
+        if self._step_noise:
+            step_ms *= self._rng.lognormvariate(0.0, self._step_noise)
         self._jump_step_us = max(1.0, step_ms * 1_000)
         self._jump_steps = steps = 1 if newcomers else self._steps_to_next(now_us)
         num_decoded = len(newcomers) + sim.tokens_per_step * (num_running - len(newcomers)) * steps
@@ -337,7 +404,30 @@ class SimEngine:
             self._running[run.request_id] = run
             self._kv_reserved += run.kv_tokens
             newcomers.append(run)
+        if self._cache_blocks:
+            for run in newcomers:
+                run.num_cached_tokens = self._find_cached(run)
+            for run in newcomers:
+                self._keep(run.blocks)
         return newcomers
+
+    def _find_cached(self, run: _Run) -> int:
+        """Tokens at the prompt's beginning that need not be computed; the last token always is."""
+        num_blocks = 0
+        for block in run.blocks[: (run.num_prompt_tokens - 1) // BLOCK_TOKENS]:
+            if block not in self._cache:
+                break
+            num_blocks += 1
+        return num_blocks * BLOCK_TOKENS
+
+    def _keep(self, blocks: tuple[int, ...]) -> None:
+        """The prompt's blocks are in the cache now; of one prompt the tail goes before the head."""
+        cache = self._cache
+        for block in reversed(blocks):
+            cache[block] = None
+            cache.move_to_end(block)
+        while len(cache) > self._cache_blocks:
+            cache.popitem(last=False)
 
     def _steps_to_next(self, now_us: int) -> int:
         """Steps until the first request finishes or deltas are due, whichever comes first."""

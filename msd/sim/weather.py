@@ -54,6 +54,8 @@ class Weather(Struct, frozen=True, kw_only=True):
     """SIGTERM while requests wait and run, instead of after the last answer."""
     drain_s: float = 2.0
     emit_interval_ms: float = 50.0
+    step_noise: float = 0.0
+    """Sigma of the log-normal noise on the time of an engine's step."""
     tick_s: float = 0.02
     max_waiting: int = 20_000
     policy: str = "rules"

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
+from typing import Protocol
 
 from msd.config import Config, EngineConfig
 from msd.core import events as e
@@ -21,7 +22,7 @@ from msd.core.commands import Command
 from msd.core.events import Event
 from msd.core.scheduler import Scheduler
 from msd.dispatch import Dispatcher
-from msd.domain import ExitKind
+from msd.domain import ExitKind, Outcome
 from msd.egress import Egress
 from msd.engine.pool import Pool
 from msd.engine.sim import SimEngine
@@ -32,7 +33,7 @@ from msd.sim.checks import Checks
 from msd.sim.digest import Digest
 from msd.sim.faults import FaultyProbe, InlineOffload, SimJournal
 from msd.sim.loop import SimLoop
-from msd.sim.producers import Producers
+from msd.sim.producers import Producers, SimSession
 from msd.sim.report import Report, Spread
 from msd.sim.weather import Weather, default_config, draw
 from msd.simgpu import SimGpu
@@ -48,6 +49,22 @@ WINDOW_S = 5.0
 GC_THRESHOLDS = (10_000, 20, 50)
 """As the daemon sets them: at the default of 700 the collector takes 6 % of a world."""
 MakeScheduler = Callable[[Config, Random], Scheduler]
+
+
+class Traffic(Protocol):
+    """Who submits in a world: `Producers` as the weather says, or a plan played back."""
+
+    all_sent: asyncio.Event
+    sessions: list[SimSession]
+
+    def start(self) -> None:
+        """Begin to submit."""
+
+    def stop(self) -> None:
+        """Submit nothing more."""
+
+
+MakeTraffic = Callable[[Dispatcher, Weather, int, Random, Checks], Traffic]
 
 
 def run_world(
@@ -73,12 +90,19 @@ class World:
     """Everything of one run; each source of chance has its own generator, so that one does not shift another."""
 
     def __init__(
-        self, seed: int, num_requests: int, config: Config, weather: Weather, make_scheduler: MakeScheduler
+        self,
+        seed: int,
+        num_requests: int,
+        config: Config,
+        weather: Weather,
+        make_scheduler: MakeScheduler,
+        make_traffic: MakeTraffic = Producers,
     ) -> None:
         self._seed = seed
         self._num_requests = num_requests
         self._config = config
         self._weather = weather
+        self._make_traffic = make_traffic
         self._loop = SimLoop(self._chance("loop"))
         self._start_us = self._loop.now_us()
         self._served_us = self._start_us
@@ -142,12 +166,22 @@ class World:
                 dict,
             )
             factories = {engine.name: partial(self._make_engine, engine) for engine in config.engine}
-            pool = Pool(factories, dispatcher, journal.read_prompt, self._chance("pool"), loop)
+            pool = Pool(
+                factories,
+                dispatcher,
+                journal.read_prompt,
+                self._chance("pool"),
+                loop,
+                may_move=[engine.name for engine in config.engine if engine.residency == "auto"],
+                sleep_level=config.residency.sleep_level,
+            )
             dispatcher.attach(pool)
             await journal.start(dispatcher)
             running = tasks.create_task(pool.run())
             ticker = tasks.create_task(self._tick(dispatcher))
-            producers = Producers(dispatcher, weather, self._num_requests, self._chance("producers"), self._checks)
+            producers = self._make_traffic(
+                dispatcher, weather, self._num_requests, self._chance("producers"), self._checks
+            )
             producers.start()
             self._schedule_deaths()
             await producers.all_sent.wait()
@@ -237,6 +271,7 @@ class World:
             self._loop,
             self._chance(f"engine {engine.name} {number}"),
             emit_interval_ms=self._weather.emit_interval_ms,
+            step_noise=self._weather.step_noise,
         )
         self._engines[engine.name] = made
         return made
@@ -262,6 +297,11 @@ class World:
         self._checks.after(event, commands)
         self._digest.add(event, commands)
         return commands
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """How every request ended that was accepted."""
+        return self._checks.outcomes
 
     def report(self, wall_s: float) -> Report:
         """What the world came to."""
