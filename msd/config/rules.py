@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import get_args
 
+from msd import gate
 from msd.config.positions import Path
 from msd.config.presets import PRESETS
 from msd.config.problems import ABSENT, close, nearest
 from msd.config.schema import POLICY_NAMES, Config, EngineConfig, ZmqIngressConfig
 from msd.domain import ServiceClass
+from msd.errors import ConfigError
 
 Finding = tuple[Path, object, str]
 """Where, the value (or ABSENT), and what is wrong with it."""
@@ -21,7 +23,12 @@ MAX_SOCKET_PATH_BYTES = 107
 
 
 def findings(
-    config: Config, base_dir: FilePath, *, look_at_files: bool, engine_arguments: Collection[str]
+    config: Config,
+    base_dir: FilePath,
+    *,
+    look_at_files: bool,
+    engine_arguments: Collection[str],
+    look_at_gate: bool = False,
 ) -> Iterator[Finding]:
     """Everything that is wrong with `config`, whose relative paths count from `base_dir`.
 
@@ -33,11 +40,14 @@ def findings(
     yield from _tenants(config)
     yield from _engines(config, engine_arguments)
     yield from _policy(config)
+    yield from _quality(config)
     yield from _limits(config)
     yield from _endpoints(config.ingress.zmq)
     yield from _simulated_memory(config)
     if look_at_files:
         yield from _files(config, base_dir)
+    if look_at_gate:
+        yield from _gate(config, base_dir)
 
 
 def _unique(section: str, names: Sequence[str]) -> Iterator[Finding]:
@@ -130,6 +140,9 @@ def _policy(config: Config) -> Iterator[Finding]:
         yield ("policy", "name"), policy.name, f"there is no such policy; {nearest(policy.name, POLICY_NAMES)}"
     if policy.mode and policy.mode not in modes:
         yield ("policy", "mode"), policy.mode, f"no [[engine]] has this name; {nearest(policy.mode, modes)}"
+    if policy.name == "learned" and not policy.learned.file:
+        message = "missing: `learned` runs a trained router; `msd train-router --out FILE` writes one"
+        yield ("policy", "learned", "file"), ABSENT, message
     rules = policy.rules
     if rules.short_output_tokens >= rules.long_output_tokens:
         message = f"must be less than long_output_tokens ({rules.long_output_tokens:,})"
@@ -137,6 +150,22 @@ def _policy(config: Config) -> Iterator[Finding]:
     if rules.short_prompt_tokens >= rules.long_prompt_tokens:
         message = f"must be less than long_prompt_tokens ({rules.long_prompt_tokens:,})"
         yield ("policy", "rules", "short_prompt_tokens"), rules.short_prompt_tokens, message
+
+
+def _quality(config: Config) -> Iterator[Finding]:
+    reference = config.quality.reference
+    modes = {engine.name for engine in config.engine if engine.name}
+    if reference and reference not in modes:
+        yield ("quality", "reference"), reference, f"no [[engine]] has this name; {nearest(reference, modes)}"
+
+
+def _gate(config: Config, base_dir: FilePath) -> Iterator[Finding]:
+    """The gate file: it is there, it is one, and nobody has edited it."""
+    if config.quality.gate:
+        try:
+            gate.load(base_dir / config.quality.gate)
+        except ConfigError as error:
+            yield ("quality", "gate"), config.quality.gate, f"{error}"
 
 
 def _limits(config: Config) -> Iterator[Finding]:
@@ -232,6 +261,10 @@ def _files(config: Config, base_dir: FilePath) -> Iterator[Finding]:
             yield from _folder(("engine", index, "weights"), engine.weights, base_dir, "config.json")
         if engine.draft:
             yield from _folder(("engine", index, "draft"), engine.draft, base_dir, "config.json")
+    if config.policy.learned.file:
+        yield from _exists(
+            ("policy", "learned", "file"), config.policy.learned.file, base_dir, FilePath.is_file, "file"
+        )
     zmq = config.ingress.zmq
     if zmq.curve_secret_key_file:
         place: Path = ("ingress", "zmq", "curve_secret_key_file")

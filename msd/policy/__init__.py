@@ -10,6 +10,7 @@ from msd.domain import Mode
 from msd.errors import ConfigError
 from msd.policy.cost import Cost
 from msd.policy.fixed import Fixed
+from msd.policy.learned import Learned
 from msd.policy.random import RandomMode
 from msd.policy.round_robin import RoundRobin
 from msd.policy.rules import Rules
@@ -21,6 +22,7 @@ POLICIES: dict[str, Callable[[PolicyConfig, Sequence[Mode]], Policy]] = {
     "round_robin": RoundRobin,
     "rules": Rules,
     "cost": Cost,
+    "learned": Learned,
 }
 
 

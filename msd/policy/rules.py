@@ -15,8 +15,8 @@ from msd.config import PolicyConfig
 from msd.domain import Candidate, Choice, Decision, Features, Mode, Observation
 from msd.policy.least_loaded import least_loaded
 
-_MULTIPLE_CHOICE = frozenset({"mmlu_pro", "truthfulqa", "gpqa", "mlu", "tam"})
-_CHAT = ("mt_bench", "alpacaeval")
+MULTIPLE_CHOICE = frozenset({"mmlu_pro", "truthfulqa", "gpqa", "mlu", "tam"})
+CHAT = ("mt_bench", "alpacaeval")
 
 Kind = Callable[[Mode], bool]
 
@@ -118,11 +118,11 @@ class Rules:
             return _SMALLEST, "rule 3: memory pressure"
         if task == "gsm8k":
             return _SPECULATION, "rule 5: reasoning task"
-        if task in _MULTIPLE_CHOICE:
+        if task in MULTIPLE_CHOICE:
             return _PREFILL, "rule 6: multiple choice"
         if prompt <= config.short_prompt_tokens and output <= config.short_output_tokens:
             return _SPECULATION, "rule 7: short prompt, short output"
-        if task.startswith(_CHAT) or output >= config.long_output_tokens:
+        if task.startswith(CHAT) or output >= config.long_output_tokens:
             return _SPECULATION, "rule 8: long output"
         if prompt >= config.long_prompt_tokens or prefill_score(prompt, output, pressed) > 40:
             return _PREFILL, "rule 9: prompt dominates"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 from typing import get_args
 
@@ -9,7 +10,7 @@ import msgspec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from msd.config import POLICY_NAMES, PolicyConfig
+from msd.config import POLICY_NAMES, LearnedConfig, PolicyConfig
 from msd.domain import (
     SERVICE_CLASSES,
     Candidate,
@@ -25,6 +26,12 @@ from msd.domain import (
 from msd.policy import make_policy
 
 FREE = (0, int(Mask.SLOTS))
+ROUTER = Path(__file__).resolve().parents[1] / "data" / "router.json"
+
+
+def config_of(name: str) -> PolicyConfig:
+    return PolicyConfig(name=name, learned=LearnedConfig(file=str(ROUTER)))
+
 
 modes_of = st.lists(
     st.tuples(st.sampled_from(get_args(Precision)), st.sampled_from(get_args(Speculation)), st.booleans()),
@@ -105,7 +112,7 @@ def observe(
 @settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(POLICY_NAMES), modes=modes_of, seed=st.integers(0, 2**32), data=st.data())
 def test_a_policy_picks_what_may_be_picked(name: str, modes: tuple[Mode, ...], seed: int, data: st.DataObject) -> None:
-    policy = make_policy(PolicyConfig(name=name), modes)
+    policy = make_policy(config_of(name), modes)
     rng = Random(seed)
     for _ in range(4):
         features, candidates = data.draw(features_of), candidates_of(data, modes)
@@ -128,9 +135,9 @@ def test_one_seed_and_one_state_give_one_choice(
     """Replay: neither the clock nor hash order nor hidden state may have a say."""
     features, candidates = data.draw(features_of), candidates_of(data, modes)
     assume(any(candidate.mask in FREE for candidate in candidates))
-    first = make_policy(PolicyConfig(name=name), modes)
+    first = make_policy(config_of(name), modes)
     first.choose(features, candidates, Random(seed))
-    second = make_policy(PolicyConfig(name=name), modes)
+    second = make_policy(config_of(name), modes)
     second.load(msgspec.json.decode(msgspec.json.encode(first.dump())))
     assert first.choose(features, candidates, Random(seed)) == second.choose(features, candidates, Random(seed))
 
@@ -142,5 +149,5 @@ def test_only_fixed_waits_for_a_busy_mode_beside_a_free_one(
 ) -> None:
     candidates = candidates_of(data, modes)
     assume(any(candidate.mask == 0 for candidate in candidates))
-    choice = make_policy(PolicyConfig(name=name), modes).choose(features, candidates, Random(0))
+    choice = make_policy(config_of(name), modes).choose(features, candidates, Random(0))
     assert candidates[choice.arm].mask == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 from typing import get_args
 
@@ -16,6 +17,8 @@ from msd.policy import POLICIES, make_policy
 from msd.policy.least_loaded import least_loaded
 from msd.policy.rules import prefill_score
 from msd.ports import Policy
+
+ROUTER = Path(__file__).resolve().parents[1] / "data" / "router.json"
 
 
 def mode(name: str, precision: Precision = "bf16", speculation: Speculation = "none", cached: bool = False) -> Mode:
@@ -58,6 +61,8 @@ def features(**changed: object) -> Features:
 
 
 def policy(name: str, modes: Sequence[Mode] = FLEET, **config: object) -> Policy:
+    if name == "learned":
+        config.setdefault("learned", {"file": str(ROUTER)})
     return make_policy(msgspec.convert({"name": name, **config}, PolicyConfig), modes)
 
 
@@ -81,7 +86,7 @@ def test_an_unknown_policy_is_named_with_its_nearest() -> None:
     with pytest.raises(ConfigError, match="'ruels' is not a policy") as caught:
         policy("ruels")
     assert "did you mean 'rules'?" in str(caught.value)
-    with pytest.raises(ConfigError, match="one of cost, fixed, .*round_robin, rules"):
+    with pytest.raises(ConfigError, match=r"one of cost, fixed, .*round_robin, rules"):
         policy("zzz")
 
 
