@@ -21,7 +21,7 @@ import structlog
 import uvloop
 from msgspec import to_builtins
 
-from msd import logs, router_file, status
+from msd import decisions, logs, router_file, status
 from msd.clock import MonotonicClock
 from msd.config import Config
 from msd.core import events as e
@@ -33,6 +33,7 @@ from msd.engine.pool import Pool
 from msd.errors import EXIT_OK, ConfigError, MsdError
 from msd.ingress.accept import Acceptor
 from msd.ingress.zmq import ZmqIngress
+from msd.journal.decision_log import DecisionLog
 from msd.journal.memory import MemoryJournal
 from msd.notify import Notifier
 from msd.ports import Clock, GpuProbe
@@ -100,6 +101,7 @@ class Daemon:
         journal = MemoryJournal(config.journal, self._clock)
         scheduler = Scheduler.from_config(config, Random(config.daemon.seed))
         probes = start_probes(config.telemetry, self._clock, gpu)
+        decision_log = self._open_decision_log(scheduler)
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._dispatcher = dispatcher = Dispatcher(
@@ -114,6 +116,7 @@ class Daemon:
                     self._clock,
                     tasks,
                     self._describe,
+                    decision_log=decision_log,
                 )
                 self._pool = pool = Pool(
                     {
@@ -151,7 +154,23 @@ class Daemon:
             await asyncio.shield(journal.stop())
             for probe in probes:
                 probe.stop()
+            if decision_log is not None:
+                decision_log.close()
         _log.info("stopped")
+
+    def _open_decision_log(self, scheduler: Scheduler) -> DecisionLog | None:
+        config = self._config
+        if not config.telemetry.decision_log:
+            return None
+        made = DecisionLog(
+            decisions.state_dir(config.daemon.state_dir, self._base_dir),
+            config.telemetry.decision_log_bytes,
+            server=self._identity.server,
+            policy=scheduler.policy_name,
+            modes=[book.mode for book in scheduler.fleet.books],
+        )
+        made.start()
+        return made
 
     async def _serve(self, tasks: asyncio.TaskGroup, crash: asyncio.Future[None], probes: tuple[GpuProbe, ...]) -> None:
         """From READY to the last answer. Raises what crashed, if something did."""

@@ -4,8 +4,8 @@ Files `decisions-NNNNNNNN.jsonl` of JSON lines, oldest first:
 
     {"v":1,"crc":"1c291ca3","record":{"type":"decided",...}}
 
-`crc` is the CRC-32 of the record's bytes, in hex. Each file begins with an `opened` record, so that it can be read alone.
-A last line without its end is what a crash leaves: it is skipped. Any other line that does not hold is an error.
+`crc` is the CRC-32 of the record's bytes, in hex. Each file begins with an `opened` record, so that it can be read
+alone. A last line without its end is what a crash leaves: it is skipped. Any other line that does not hold is an error.
 The writer is `msd/journal/decision_log.py`.
 """
 

@@ -10,20 +10,32 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import assert_never
+
+import structlog
 
 from msd.core import commands as c
 from msd.core import events as e
 from msd.core.entry import Phase
 from msd.core.scheduler import Scheduler
+from msd.core.shadow import ATTEMPT as SHADOW_ATTEMPT
 from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Request, Residence, Result
 from msd.egress import TOKEN_BYTES, Egress
 from msd.engine.pool import Pool
+from msd.gate import Withdrawal
 from msd.ingress.accept import Acceptor, RefusedSubmitError
+from msd.journal.decision_log import DecisionLog
+from msd.learning.shadow_runs import ShadowRuns
 from msd.ports import Clock, Journal, Session
 from msd.wire import ErrorCode, State, Submit, refusal
 
 _LONG_PROMPTS_AT_ONCE = 64
+_log = structlog.get_logger(__name__)
+
+
+def _forget(withdrawal: Withdrawal) -> None:
+    """Keep nothing beyond the process."""
 
 
 class Dispatcher:
@@ -38,7 +50,11 @@ class Dispatcher:
         clock: Clock,
         tasks: asyncio.TaskGroup,
         describe: Callable[[], dict[str, object]],
+        *,
+        on_withdrawn: Callable[[Withdrawal], None] = _forget,
+        decision_log: DecisionLog | None = None,
     ) -> None:
+        """`on_withdrawn`: keeps what must outlive the process."""
         self.scheduler = scheduler
         self.journal = journal
         self.egress = egress
@@ -49,8 +65,13 @@ class Dispatcher:
         self._events: deque[e.Event] = deque()
         self._handling = False
         self._describe = describe
+        self._decision_log = decision_log
         self._staged: dict[str, tuple[Request, Prompt]] = {}
         """Bodies on their way into the journal."""
+        self._prompts: dict[str, Prompt] = {}
+        """Bodies of what runs: a shadow begins when its request is over and may be gone from the journal."""
+        self._shadows = ShadowRuns()
+        self._on_withdrawn = on_withdrawn
         self._num_long = 0
         self.idle = asyncio.Event()
         """Set while no request is open; the drain waits for it."""
@@ -108,6 +129,8 @@ class Dispatcher:
                     command.request_id, decision.mode, decision.decision_id, command.attempt, command.waited_us
                 )
                 request = entry.request
+                if self._decision_log is not None:
+                    self._decision_log.decided(request, decision)
                 self.pool.submit(
                     command.request_id, command.attempt, decision.engine, request.max_tokens, request.priority
                 )
@@ -118,9 +141,22 @@ class Dispatcher:
             case c.Settle():
                 self.journal.settle(command.request_id, command.energy)
             case c.Observe():
-                pass  # TODO(decision log)
+                if self._decision_log is not None:
+                    self._decision_log.observed(command.decision, command.observation)
             case c.Shadow():
-                pass  # TODO(gate)
+                self._shadow(command)
+            case c.Withdraw():
+                gone = command.withdrawal
+                _log.warning(
+                    "certificate_withdrawn",
+                    mode=gone.mode,
+                    task=gone.task,
+                    num_pairs=gone.num_pairs,
+                    difference=round(gone.difference, 4),
+                    capital=round(gone.capital, 1),
+                    remedy="it serves this task again when `msd gate` has certified it anew",
+                )
+                self._on_withdrawn(gone)
             case c.Transit():
                 self.pool.transit(command.engine, command.to)
             case c.Reject():
@@ -149,7 +185,34 @@ class Dispatcher:
             token_ids=token_ids,
         )
         self.egress.ended(result)
+        self._prompts.pop(outcome.request_id, None)
         self.journal.complete(result)
+
+    async def read_prompt(self, request_id: str) -> Prompt:
+        """The body of what an engine is to run: a pending request or a shadow. Raises JournalError."""
+        if request_id in self._shadows:
+            return self._shadows.prompt(request_id)
+        prompt = self._prompts[request_id] = await self.journal.read_prompt(request_id)
+        return prompt
+
+    def _shadow(self, command: c.Shadow) -> None:
+        """Ask the reference mode what a request has just been answered; comes before the request's Complete."""
+        entry = self.scheduler.entry(command.request_id)
+        prompt = self._prompts.get(command.request_id)
+        assert entry is not None, "shadowed a request that is not open"
+        text, token_ids = self.egress.output(command.request_id)
+        decode = partial(self._acceptor.text_of, entry.request.model)
+        if prompt is not None and self._shadows.begin(command.shadow_id, prompt, text, token_ids, decode):
+            engine, priority = command.reference_engine, entry.request.priority
+            self.pool.submit(command.shadow_id, SHADOW_ATTEMPT, engine, command.max_tokens, priority)
+            return
+        now_us = self._clock.now_us()
+        self.post(e.QualityJudged(now_us, command.shadow_id, command.mode, command.task, None))
+
+    def _shadow_ended(self, shadow_id: str, *, is_whole: bool) -> None:
+        told = self._shadows.end(shadow_id, is_whole=is_whole)
+        now_us = self._clock.now_us()
+        self.post(e.QualityJudged(now_us, shadow_id, "", "", told.difference, told.num_tokens, told.agrees))
 
     def _ack_duplicate(self, command: c.AckDuplicate) -> None:
         session = self.egress.ack_duplicate(
@@ -281,16 +344,26 @@ class Dispatcher:
 
     def on_chunk(self, request_id: str, attempt: int, chunk: Chunk) -> None:
         """Tokens go straight to egress; only the first of an attempt is an event."""
-        if self.egress.chunk(request_id, attempt, chunk):
+        if self._shadows and request_id in self._shadows:
+            is_first = self._shadows.chunk(request_id, chunk)
+        else:
+            is_first = self.egress.chunk(request_id, attempt, chunk)
+        if is_first:
             self.post(e.FirstToken(self._clock.now_us(), request_id, attempt, chunk.num_cached_tokens))
 
     def on_finished(self, request_id: str, attempt: int, finish_reason: FinishReason) -> None:
         """The attempt has ended and its slot is free."""
+        if self._shadows and request_id in self._shadows:
+            self._shadow_ended(request_id, is_whole=finish_reason != "abort")
+            return
         num_tokens = self.egress.num_tokens(request_id)
         self.post(e.Finished(self._clock.now_us(), request_id, attempt, finish_reason, num_tokens))
 
     def on_failed(self, request_id: str, attempt: int, error_code: str, message: str, lost: bool) -> None:
         """The attempt has ended without an answer."""
+        if self._shadows and request_id in self._shadows:
+            self._shadow_ended(request_id, is_whole=False)
+            return
         self.post(e.Failed(self._clock.now_us(), request_id, attempt, error_code, message, lost))
 
     def on_engine_starting(self, engine: str) -> None:

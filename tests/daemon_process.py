@@ -16,6 +16,7 @@ HEAD = """
 [daemon]
 drain_s = {drain_s}
 run_dir = "{folder}/run"
+state_dir = "{folder}/state"
 [ingress.zmq]
 endpoints = ["ipc://{folder}/msd.sock"]
 """

@@ -94,8 +94,9 @@ def _perform(
     from msd.client import Client
 
     endpoint = f"ipc://{folder}/{SOCKET}"
-    # The configuration names neither: a private socket and log folder, whatever else runs on this machine.
-    environ = {**os.environ, "MSD_ENDPOINT": endpoint, "RUNTIME_DIRECTORY": str(folder)}
+    # The configuration names none: a private socket, log folder and decision log, whatever else runs on this machine.
+    private = {"MSD_ENDPOINT": endpoint, "RUNTIME_DIRECTORY": str(folder), "STATE_DIRECTORY": str(folder)}
+    environ = {**os.environ, **private}
     report_file = folder / "report.json"
     plan = _draw_plan(options, folder)
     if any(engine.kind != "vllm" for engine in config.engine):

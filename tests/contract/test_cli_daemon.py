@@ -48,7 +48,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.toml").write_text(ENGINES)
     url = f"ipc://{folder}/msd.sock"
-    environ = {**os.environ, "MSD_ENDPOINT": url, "RUNTIME_DIRECTORY": str(folder)}
+    environ = {**os.environ, "MSD_ENDPOINT": url, "RUNTIME_DIRECTORY": str(folder), "STATE_DIRECTORY": str(folder)}
     with Children() as children:
         serve = ["-m", "msd", "serve", "--config", str(folder / "config.toml")]
         daemon = children.start("daemon", serve, folder / "log", environ, tied=True)
