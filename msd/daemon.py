@@ -21,7 +21,7 @@ import structlog
 import uvloop
 from msgspec import to_builtins
 
-from msd import decisions, logs, router_file, status
+from msd import decisions, gate, logs, router_file, status
 from msd.clock import MonotonicClock
 from msd.config import Config
 from msd.core import events as e
@@ -37,6 +37,7 @@ from msd.journal.decision_log import DecisionLog
 from msd.journal.memory import MemoryJournal
 from msd.notify import Notifier
 from msd.ports import Clock, GpuProbe
+from msd.recipe import recipe_hashes
 from msd.telemetry.probes import start_probes
 
 T = TypeVar("T")
@@ -80,6 +81,8 @@ class Daemon:
         self._epoch = secrets.token_hex(4)
         self._identity = status.Identity(config, self._epoch, os.getpid(), self._clock.now_us())
         self._told = ""
+        self._gated = ""
+        self._withdrawals = decisions.state_dir(config.daemon.state_dir, base_dir) / "withdrawn.jsonl"
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; drain; leave nothing behind. Raises MsdError when it cannot start."""
@@ -99,7 +102,7 @@ class Daemon:
             import_vllm()
         gpu = factory.simulated_gpu(config, self._clock)
         journal = MemoryJournal(config.journal, self._clock)
-        scheduler = Scheduler.from_config(config, Random(config.daemon.seed))
+        scheduler = self._scheduler()
         probes = start_probes(config.telemetry, self._clock, gpu)
         decision_log = self._open_decision_log(scheduler)
         try:
@@ -117,6 +120,7 @@ class Daemon:
                     tasks,
                     self._describe,
                     decision_log=decision_log,
+                    on_withdrawn=partial(gate.keep_withdrawal, self._withdrawals),
                 )
                 self._pool = pool = Pool(
                     {
@@ -126,7 +130,7 @@ class Daemon:
                         for engine in config.engine
                     },
                     dispatcher,
-                    journal.read_prompt,
+                    dispatcher.read_prompt,
                     Random(config.daemon.seed),
                     self._clock,
                     start_timeout_s={engine.name: engine.start_timeout_s for engine in config.engine},
@@ -172,11 +176,35 @@ class Daemon:
         made.start()
         return made
 
+    def _scheduler(self) -> Scheduler:
+        """The core, with the gate file that its modes go by; says which of them are kept back, and why."""
+        config = self._config
+        gate_file = gate.load(self._base_dir / config.quality.gate) if config.quality.gate else None
+        scheduler = Scheduler.from_config(
+            config,
+            Random(config.daemon.seed),
+            gate=gate_file,
+            recipes=recipe_hashes(config, self._base_dir),
+            withdrawn=gate.load_withdrawals(self._withdrawals) if gate_file is not None else (),
+        )
+        certificates = scheduler.certificates
+        for note in certificates.strangers():
+            _log.warning("gate_rows_ignored", file=config.quality.gate, why=note)
+        kept_back = []
+        for arm, engine in enumerate(config.engine):
+            summary = certificates.summary(arm)
+            (_log.info if summary.serves else _log.warning)("mode", mode=engine.name, quality=summary.text)
+            if not summary.serves:
+                kept_back.append(engine.name)
+        if kept_back:
+            self._gated = f"kept back by quality: {', '.join(kept_back)}"
+        return scheduler
+
     async def _serve(self, tasks: asyncio.TaskGroup, crash: asyncio.Future[None], probes: tuple[GpuProbe, ...]) -> None:
         """From READY to the last answer. Raises what crashed, if something did."""
         dispatcher, pool, ingress = self._dispatcher, self._pool, self._ingress
         _log.info("serving", endpoints=ingress.endpoints, policy=self._config.policy.name, epoch=self._epoch)
-        self._notifier.tell("READY=1", "STATUS=no mode is warm yet")
+        self._notifier.tell("READY=1", "STATUS=no mode is warm yet" + (f"; {self._gated}" if self._gated else ""))
         running = tasks.create_task(pool.run(), name="pool")
         ticker = tasks.create_task(self._tick(probes), name="ticker")
         # Everything that lives as long as the daemon exists now: the collector need not look at it again.
@@ -258,7 +286,9 @@ class Daemon:
         states = self._pool.status()
         up = [engine.engine for engine in states if engine.state == "up"]
         rest = [f"{engine.engine} {engine.state}" for engine in states if engine.state != "up"]
-        line = f"STATUS=warm: {', '.join(up) or 'none'}" + (f"; {', '.join(rest)}" if rest else "")
+        line = "; ".join(
+            part for part in (f"STATUS=warm: {', '.join(up) or 'none'}", ", ".join(rest), self._gated) if part
+        )
         if line != self._told:
             self._told = line
             self._notifier.tell(line)

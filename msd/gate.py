@@ -89,6 +89,33 @@ def write(file: Path, gate: GateFile) -> None:
     file.write_bytes(msgspec.json.format(msgspec.json.encode(signed), indent=2) + b"\n")
 
 
+def load_withdrawals(file: Path) -> tuple[Withdrawal, ...]:
+    """What was withdrawn in production before; nothing where there is no file. Raises ConfigError: not readable."""
+    try:
+        lines = file.read_bytes().splitlines()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise ConfigError(f"withdrawn certificates {file}: {error.strerror}") from error
+    try:
+        return tuple(msgspec.json.decode(line, type=Withdrawal) for line in lines if line)
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"withdrawn certificates {file} cannot be read: {error}",
+            remedy="it says which modes were found worse in production; remove it only after `msd gate` has run again",
+        ) from error
+
+
+def keep_withdrawal(file: Path, withdrawal: Withdrawal) -> None:
+    """Note it beyond the process. Raises ConfigError when the folder cannot be written."""
+    try:
+        file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        with file.open("ab") as stream:
+            stream.write(msgspec.json.encode(withdrawal) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}", remedy="set daemon.state_dir") from error
+
+
 def load(file: Path) -> GateFile:
     """Read a gate file. Raises ConfigError: missing, not one, of another schema, or edited by hand."""
     try:

@@ -10,9 +10,10 @@ from msgspec import structs
 from msd import __version__
 from msd.config import Config
 from msd.core.scheduler import Scheduler
+from msd.core.shadow import loss
 from msd.engine.pool import EngineStatus
 from msd.ports import Journal
-from msd.wire import DaemonStatus, EngineReport, LedgerReport, ModeReport
+from msd.wire import CertificateReport, DaemonStatus, EngineReport, LedgerReport, ModeReport
 
 _REASONS_SHOWN = 8
 
@@ -128,6 +129,30 @@ def _modes(scheduler: Scheduler) -> tuple[ModeReport, ...]:
             ttft_ms=book.estimate.ttft_ms(0) if book.info is not None else None,
             tpot_ms=book.estimate.tpot_ms(book.num_running) if book.info is not None else None,
             quality=book.mode.quality,
+            serves=scheduler.certificates.summary(arm).serves,
+            standing=scheduler.certificates.summary(arm).text,
+            certificates=_certificates(scheduler, arm),
         )
-        for book in scheduler.fleet.books
+        for arm, book in enumerate(scheduler.fleet.books)
     )
+
+
+def _certificates(scheduler: Scheduler, arm: int) -> tuple[CertificateReport, ...]:
+    reports = []
+    for task, certificate in scheduler.certificates.describe(arm):
+        row, trial = certificate.row, scheduler.shadows.trial(arm, task)
+        reports.append(
+            CertificateReport(
+                task=task,
+                standing=certificate.standing,
+                reason=certificate.reason,
+                accuracy=None if row is None else row.accuracy,
+                accuracy_low=None if row is None else row.accuracy_low,
+                accuracy_high=None if row is None else row.accuracy_high,
+                num_pairs=0 if row is None else row.num_pairs,
+                num_live_pairs=0 if trial is None else trial.num_pairs,
+                live_difference=None if trial is None else loss(trial),
+                live_evidence=None if trial is None else trial.capital,
+            )
+        )
+    return tuple(reports)

@@ -18,6 +18,7 @@ Letters of copy, reverse and sort, and the keys of get, do not repeat within a p
 
 import difflib
 import random
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -28,6 +29,16 @@ LEVELS: Final[tuple[int, ...]] = (1, 2, 3, 4)
 
 SHOT_SEPARATOR: Final = "\n"
 """Stands between the worked examples of a few-shot prompt and the question."""
+
+_QUESTIONS: Final[dict[str, re.Pattern[str]]] = {
+    "copy": re.compile("[a-z]{1,64}"),
+    "reverse": re.compile("[a-z]{1,64}"),
+    "sort": re.compile("[a-z]{1,64}"),
+    "get": re.compile("((?:[a-z][0-9]){1,26}):([a-z])"),
+    "add": re.compile("([0-9]{1,64})\\+([0-9]{1,64})"),
+    "count": re.compile("([a-z]{1,64}):([a-z])"),
+}
+"""What a question asks, between the task's word and the `=`."""
 
 _LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 _DIGITS: Final = "0123456789"
@@ -96,6 +107,31 @@ def grade(problem: Problem | str, output: str) -> bool:
     """Say whether `output` is the answer, exactly, after white space around it is taken away."""
     answer = problem.answer if isinstance(problem, Problem) else problem
     return output.strip() == answer
+
+
+def solve(prompt: str) -> tuple[str, str] | None:
+    """The task of a prompt's last question and its only right answer; None when that is none of these problems."""
+    question = prompt.rpartition(SHOT_SEPARATOR)[2]
+    task, _, asked = question.partition(" ")
+    if task not in TASKS or not asked.endswith("="):
+        return None
+    found = _QUESTIONS[task].fullmatch(asked[:-1])
+    if found is None:
+        return None
+    match task:
+        case "copy":
+            return task, found[0]
+        case "reverse":
+            return task, found[0][::-1]
+        case "sort":
+            return task, "".join(sorted(found[0]))
+        case "get":
+            values = dict(zip(found[1][::2], found[1][1::2], strict=True))
+            return (task, values[found[2]]) if found[2] in values else None
+        case "add":
+            return task, str(int(found[1][::-1]) + int(found[2][::-1]))[::-1]
+        case _:
+            return task, str(found[1].count(found[2]))
 
 
 def longest_answer(task: str, level: int) -> int:

@@ -337,6 +337,25 @@ class EngineReport(Struct, frozen=True, kw_only=True):
     last_error: str = ""
 
 
+class CertificateReport(Struct, frozen=True, kw_only=True):
+    """One mode on one task (`*`: requests that name none): whether quality lets it serve, and the figures behind it."""
+
+    task: str
+    standing: str
+    """reference, lossless, certified, simulated (these may serve), undecided, unmeasured, revoked or withdrawn."""
+    reason: str = ""
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    """Wilson 95 % interval, from the gate file."""
+    num_pairs: int = 0
+    num_live_pairs: int = 0
+    """Requests that also ran on the reference mode in production."""
+    live_difference: float | None = None
+    live_evidence: float | None = None
+    """Against the mode; at 1 / quality.alpha it is withdrawn."""
+
+
 class ModeReport(Struct, frozen=True, kw_only=True):
     """One mode in the daemon's status: how often it was chosen, why (most frequent reason first), what is expected."""
 
@@ -347,6 +366,11 @@ class ModeReport(Struct, frozen=True, kw_only=True):
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     quality: float | None = None
+    serves: bool = True
+    """Quality lets it serve some request that asks for no floor."""
+    standing: str = ""
+    """In one line."""
+    certificates: tuple[CertificateReport, ...] = ()
 
 
 class LedgerReport(Struct, frozen=True, kw_only=True):

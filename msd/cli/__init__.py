@@ -1,4 +1,4 @@
-"""The command line: `msd serve | check | demo | send | status | sim | version`. One file per word.
+"""The command line: `msd COMMAND`, one file per word.
 
 Each file has `add_to(commands)`, which adds its parser, and imports what is heavy only when it runs: `msd send` works
 with the producer's two packages, and nothing but `serve` may load vLLM.
@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from msd.cli import check, demo, send, serve, sim, status, terminal, version
+from msd.cli import check, demo, gate, modes, profile, report, send, serve, sim, status, terminal, version
 from msd.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, MsdError
 
 EXIT_CODES = """\
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = root.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (serve, check, demo, send, status, sim, version):
+    for command in (serve, check, modes, profile, gate, report, demo, send, status, sim, version):
         command.add_to(commands)
     return root
 

@@ -50,8 +50,24 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"ok": True, "file": str(file), "config": resolved}, ensure_ascii=False))
     else:
         print(f"# {file}: no errors. All settings with their defaults; relative paths count from {folder(file)}")
+        for line in quality_notes(config, folder(file)):
+            print(f"# {line}")
         print(as_toml(resolved), end="")
     return EXIT_OK
+
+
+def quality_notes(config: settings.Config, base_dir: Path) -> list[str]:
+    """How every mode stands with the gate file, and which of its rows speak of no mode here."""
+    from msd import gate
+    from msd.core.certificates import Certificates
+    from msd.core.fleet import mode_of
+    from msd.recipe import recipe_hashes
+
+    modes = [mode_of(engine) for engine in config.engine]
+    gate_file = gate.load(base_dir / config.quality.gate) if config.quality.gate else None
+    certificates = Certificates(modes, config.quality, gate_file, recipe_hashes(config, base_dir))
+    notes = [f"mode {mode.name}: {certificates.summary(arm).text}" for arm, mode in enumerate(modes)]
+    return [*notes, *(f"gate file: {note}" for note in certificates.strangers())]
 
 
 def problems(error: ConfigError) -> list[object]:

@@ -19,13 +19,16 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_config(file: Path) -> Config:
-    """The configuration in `file`, checked with all that is known on this machine. Raises ConfigError."""
+def load_config(file: Path, *, look_at_gate: bool = True) -> Config:
+    """The configuration in `file`, checked with all that is known on this machine. Raises ConfigError.
+
+    `look_at_gate=False`: but for the gate file, which may be about to be written.
+    """
     # Late: `msd send` must not need what the engines' package may come to need. It reads vLLM's source, it does not
     # import it.
     from msd.engine.vllm_arguments import known_arguments
 
-    return load(file, engine_arguments=known_arguments())
+    return load(file, engine_arguments=known_arguments(), look_at_gate=look_at_gate)
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:

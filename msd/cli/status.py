@@ -81,6 +81,7 @@ def render(status: DaemonStatus) -> list[str]:
     lines += ["", *_engines(status.engines), "", *_requests(status)]
     if any(mode.num_decisions for mode in status.modes):
         lines += ["", *_modes(status.modes)]
+    lines += _quality(status.modes)
     lines += ["", _gpu(status.gpu)]
     for ledger in status.energy:
         lines += ["", *energy_lines(ledger)]
@@ -154,6 +155,39 @@ def _modes(modes: tuple[ModeReport, ...]) -> list[str]:
         for mode in modes
     ]
     return table(["mode", "decisions", "share", "TTFT expected", "TPOT expected", "why"], rows, left=(0, 5))
+
+
+def _quality(modes: tuple[ModeReport, ...]) -> list[str]:
+    """How every mode stands, and per task what the gate and production say of it."""
+    told = [mode for mode in modes if mode.standing]
+    if not told:
+        return []
+    lines = ["", "quality:"]
+    lines += [f"  {mode.mode}: {mode.standing if mode.serves else paint(mode.standing, 'yellow')}" for mode in told]
+    rows = [
+        [
+            mode.mode,
+            "no task named" if certificate.task == "*" else certificate.task,
+            certificate.standing,
+            _share(certificate.accuracy),
+            f"{_share(certificate.accuracy_low)} - {_share(certificate.accuracy_high)}",
+            f"{certificate.num_pairs:,}",
+            f"{certificate.num_live_pairs:,}",
+            DASH if certificate.live_difference is None else f"{certificate.live_difference * 100:+.2f}",
+            DASH if certificate.live_evidence is None else f"{certificate.live_evidence:.2g}",
+        ]
+        for mode in told
+        for certificate in mode.certificates
+        if certificate.accuracy is not None
+    ]
+    if rows:
+        head = ["mode", "task", "standing", "right", "95 %", "pairs", "live pairs", "difference", "evidence"]
+        lines += ["", *table(head, rows, left=(0, 1, 2))]
+    return lines
+
+
+def _share(value: float | None) -> str:
+    return DASH if value is None else f"{value:.1%}"
 
 
 def _gpu(gpu: dict[str, object] | None) -> str:

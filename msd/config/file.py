@@ -44,11 +44,14 @@ def find(explicit: str | Path | None = None, environ: Mapping[str, str] = os.env
     )
 
 
-def load(path: str | Path | None = None, *, engine_arguments: Collection[str] = ()) -> Config:
+def load(
+    path: str | Path | None = None, *, engine_arguments: Collection[str] = (), look_at_gate: bool = True
+) -> Config:
     """The configuration from `path`, or from where `find` finds it.
 
     Relative paths inside it count from its folder. `engine_arguments`: names that an engine's `args` may have, from
-    whoever knows the installed vLLM; empty = they are not looked at. Raises InvalidConfigError with every problem, or
+    whoever knows the installed vLLM; empty = they are not looked at. `look_at_gate=False`: whether the gate file is
+    intact is left out, for who is about to write it. Raises InvalidConfigError with every problem, or
     ConfigError when the file cannot be read.
     """
     file = find(path)
@@ -64,11 +67,19 @@ def load(path: str | Path | None = None, *, engine_arguments: Collection[str] = 
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InvalidConfigError(str(file), [Problem(field="", message="is not UTF-8", line=line)]) from error
-    return parse(text, file=str(file), base_dir=file.parent, engine_arguments=engine_arguments)
+    return parse(
+        text, file=str(file), base_dir=file.parent, engine_arguments=engine_arguments, look_at_gate=look_at_gate
+    )
 
 
 def parse(
-    text: str, *, file: str, base_dir: Path, look_at_files: bool = True, engine_arguments: Collection[str] = ()
+    text: str,
+    *,
+    file: str,
+    base_dir: Path,
+    look_at_files: bool = True,
+    engine_arguments: Collection[str] = (),
+    look_at_gate: bool = True,
 ) -> Config:
     """The configuration that `text` says. `look_at_files=False` leaves out whether the paths in it exist.
 
@@ -89,7 +100,13 @@ def parse(
         if not reader.problems:
             raise AssertionError("msgspec refuses what the reader accepts") from error
     unreadable = frozenset(reader.broken)
-    found = rules.findings(config, base_dir, look_at_files=look_at_files, engine_arguments=engine_arguments)
+    found = rules.findings(
+        config,
+        base_dir,
+        look_at_files=look_at_files,
+        engine_arguments=engine_arguments,
+        look_at_gate=look_at_files and look_at_gate,
+    )
     for path, value, message in found:
         # What rests on a value that is wrong itself would be a second report of one mistake.
         if not any(path[: len(broken)] == broken for broken in unreadable):

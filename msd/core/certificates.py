@@ -29,6 +29,13 @@ class Certificate(Struct, frozen=True):
     row: GateRow | None = None
 
 
+class Summary(Struct, frozen=True):
+    """One line on one mode."""
+
+    serves: bool
+    text: str
+
+
 class Certificates:
     """Answers for every (mode, task). Modes are known by their place in the fleet, rows by the hash of their recipe."""
 
@@ -95,15 +102,17 @@ class Certificates:
         row = self._rows.get((self._recipes[arm], task or ALL_TASKS))
         if row is None:
             return Certificate("unmeasured", self._unmeasured(arm, task))
+        on = _on(row.task)
         gone = self._withdrawal(arm, task)
         if gone is not None:
             return Certificate("withdrawn", f"withdrawn in production {_on(gone.task)}after {_figures(gone)}", row)
         if row.verdict == "undecided":
-            return Certificate("undecided", f"undecided after {row.num_pairs:,} pairs ({REMEDY} with more)", row)
+            return Certificate("undecided", f"undecided {on}after {row.num_pairs:,} pairs ({REMEDY} with more)", row)
         revoked = row if row.verdict == "revoked" else self._revoked_somewhere(arm) if task is None else None
         if revoked is not None:
-            where = "" if revoked is row else _on(revoked.task)
-            lost = f"revoked {where}at {revoked.difference * 100:+.1f} points in {revoked.num_pairs:,} pairs"
+            lost = (
+                f"revoked {_on(revoked.task)}at {revoked.difference * 100:+.1f} points in {revoked.num_pairs:,} pairs"
+            )
             return Certificate("revoked", lost, row)
         return Certificate("certified", row=row)
 
@@ -134,6 +143,38 @@ class Certificates:
     def describe(self, arm: int) -> list[tuple[str, Certificate]]:
         """Every task of the gate file and `*`, with how the mode stands there."""
         return [(ALL_TASKS, self.of(arm, None)), *((task, self.of(arm, task)) for task in self.tasks)]
+
+    def strangers(self) -> list[str]:
+        """The rows that speak of no mode here, in words: per mode of the gate file one line."""
+        if self._gate is None:
+            return []
+        if self._misfit:
+            return [self._misfit]
+        here = {mode.name for mode in self._modes}
+        notes = dict[str, str]()
+        for row in self._gate.rows:
+            if row.recipe in self._recipes:
+                continue
+            known = row.mode in here
+            notes[row.mode] = f"{row.mode}: " + (
+                f"measured for another recipe ({REMEDY})" if known else "no engine has this name or this recipe"
+            )
+        return list(notes.values())
+
+    def summary(self, arm: int) -> Summary:
+        """How the mode stands in one line; it serves if it may serve any request without a floor."""
+        described = self.describe(arm)
+        overall = described[0][1]
+        if self._config.ungated == "allow":
+            return Summary(True, f"{overall.standing}; serves all the same: quality.ungated is allow")
+        if overall.standing in ("reference", "lossless", "simulated"):
+            return Summary(True, overall.standing)
+        passed = [task for task, certificate in described[1:] if certificate.standing == "certified"]
+        reasons = dict.fromkeys(certificate.reason for _, certificate in described if certificate.reason)
+        if not reasons:
+            return Summary(True, "certified")
+        kept = f"certified for {', '.join(passed)} only; " if passed else ""
+        return Summary(bool(passed), kept + "; ".join(reasons))
 
     def withdrawn(self, arm: int, task: str) -> Withdrawal | None:
         """What was withdrawn in production for exactly this task or `*`."""

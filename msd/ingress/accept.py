@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from msd import wire
 from msd.core.prefixes import hash_blocks
@@ -54,6 +54,11 @@ class Acceptor:
         if submit.messages is not None:
             return sum(len(message.content) for message in submit.messages) > INLINE_PROMPT_CHARS
         return submit.prompt_token_ids is not None and len(submit.prompt_token_ids) > INLINE_PROMPT_IDS
+
+    def text_of(self, model: str | None, token_ids: Sequence[int]) -> str:
+        """What the ids say, by the tokenizer that a request of this model was read with."""
+        tokenizer = self._default_tokenizer if model is None else self._models[model]
+        return tokenizer.decode(token_ids)
 
     def accept(self, submit: wire.Submit, tenant: str, received_us: int) -> tuple[Request, Prompt]:
         """Build the request; `received_us` is when it came. Raises RefusedSubmitError."""

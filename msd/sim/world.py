@@ -169,7 +169,7 @@ class World:
             pool = Pool(
                 factories,
                 dispatcher,
-                journal.read_prompt,
+                dispatcher.read_prompt,
                 self._chance("pool"),
                 loop,
                 may_move=[engine.name for engine in config.engine if engine.residency == "auto"],
