@@ -75,6 +75,12 @@ class Episode(Struct, frozen=True, kw_only=True):
     observed: Observed | None
 
 
+class UnreadableDecisionLogError(MsdError):
+    """The log's folder or a file of it cannot be read. Recoverable by the operator: mostly permissions."""
+
+    exit_code = EXIT_JOURNAL
+
+
 class CorruptDecisionLogError(MsdError):
     """A line of the log does not hold. Recoverable: what is around it can be read, if whoever reads wants that."""
 
@@ -104,10 +110,10 @@ def state_dir(configured: str, base_dir: Path, environ: Mapping[str, str] = os.e
 
 
 def files(folder: Path) -> list[Path]:
-    """The log's files, oldest first; none where there is no such folder."""
+    """The log's files, oldest first; none where there is no such folder. Raises OSError."""
     try:
         return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -133,36 +139,27 @@ def read(
     """Records of the log, oldest first; `since`: none older than this, in Unix seconds, but each file's `Opened`.
 
     `containing` leaves out, unread, lines without these bytes (`needle` makes them). Raises CorruptDecisionLogError
-    with file and line, or gives it to `on_corrupt` and goes on. A file that the daemon removes meanwhile is skipped.
+    with file and line, or gives it to `on_corrupt` and goes on; UnreadableDecisionLogError. A file that the daemon
+    removes meanwhile is skipped.
     """
-    since_us = None if since is None else int(since * 1e6)
-    for file in files(folder):
+    since_us = 0 if since is None else int(since * 1e6)
+    for file, number, line in _lines(folder, since):
         try:
-            if since is not None and file.stat().st_mtime < since:
+            body = _body(file, number, line)
+            if containing and containing not in body:
                 continue
-            stream = file.open("rb")
-        except FileNotFoundError:
+            record = _DECODER.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            corrupt = CorruptDecisionLogError(file, number, f"not a record of this log: {error}")
+        except CorruptDecisionLogError as error:
+            corrupt = error
+        else:
+            if record.t_unix_us >= since_us or isinstance(record, Opened):
+                yield record
             continue
-        with stream:
-            for number, line in enumerate(stream, 1):
-                if not line.endswith(b"\n"):
-                    break  # torn by a crash, or being written at this moment
-                try:
-                    body = _body(file, number, line)
-                    if containing and containing not in body:
-                        continue
-                    record = _DECODER.decode(body)
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    corrupt = CorruptDecisionLogError(file, number, f"not a record of this log: {error}")
-                except CorruptDecisionLogError as error:
-                    corrupt = error
-                else:
-                    if since_us is None or record.t_unix_us >= since_us or isinstance(record, Opened):
-                        yield record
-                    continue
-                if on_corrupt is None:
-                    raise corrupt
-                on_corrupt(corrupt)
+        if on_corrupt is None:
+            raise corrupt
+        on_corrupt(corrupt)
 
 
 def needle(text: str) -> bytes:
@@ -191,6 +188,28 @@ def episodes(records: Iterator[Record]) -> Iterator[Episode]:
 
 
 _DECODER = msgspec.json.Decoder(Record)
+
+
+def _lines(folder: Path, since: float | None) -> Iterator[tuple[Path, int, bytes]]:
+    """Whole lines of the files that were written to since then, each with its file and number."""
+    try:
+        for file in files(folder):
+            try:
+                if since is not None and file.stat().st_mtime < since:
+                    continue
+                stream = file.open("rb")
+            except FileNotFoundError:
+                continue
+            with stream:
+                for number, line in enumerate(stream, 1):
+                    if not line.endswith(b"\n"):
+                        break  # torn by a crash, or being written at this moment
+                    yield file, number, line
+    except OSError as error:
+        raise UnreadableDecisionLogError(
+            f"{error.filename or folder}: cannot be read: {error.strerror or error}",
+            remedy="run it as the daemon's user, or name another folder with --log",
+        ) from error
 
 
 def _body(file: Path, number: int, line: bytes) -> bytes:

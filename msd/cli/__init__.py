@@ -12,7 +12,24 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from msd.cli import check, demo, gate, modes, profile, report, send, serve, sim, status, terminal, version
+from msd.cli import (
+    check,
+    decisions,
+    demo,
+    explain,
+    gate,
+    modes,
+    profile,
+    replay,
+    report,
+    send,
+    serve,
+    sim,
+    status,
+    terminal,
+    train_router,
+    version,
+)
 from msd.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, MsdError
 
 EXIT_CODES = """\
@@ -30,7 +47,23 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = root.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (serve, check, modes, profile, gate, report, demo, send, status, sim, version):
+    for command in (
+        serve,
+        check,
+        modes,
+        profile,
+        gate,
+        replay,
+        train_router,
+        report,
+        demo,
+        send,
+        status,
+        explain,
+        decisions,
+        sim,
+        version,
+    ):
         command.add_to(commands)
     return root
 

@@ -252,7 +252,8 @@ class Host:
         self._options = [LAG_OPTION] if samples_lag else []
         self._config, self._watched, self._log = folder / "config.toml", folder / "watched.json", folder / "daemon.log"
         self._config.write_text(
-            f'[daemon]\ndrain_s = 5\nrun_dir = "{folder}/run"\nstate_dir = "{folder}/state"\n[ingress.zmq]\nendpoints = ["{self.endpoint}"]\n{body}'
+            f'[daemon]\ndrain_s = 5\nrun_dir = "{folder}/run"\nstate_dir = "{folder}/state"\n'
+            f'[ingress.zmq]\nendpoints = ["{self.endpoint}"]\n{body}'
         )
 
     def __enter__(self) -> Host:

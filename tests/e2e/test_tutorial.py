@@ -47,6 +47,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "build" / "tutorial").mkdir(parents=True)
     environ = {**os.environ, "MSD_ENDPOINT": f"ipc://{tmp_path}/build/tutorial/msd.sock", "PYTHONPATH": str(REPOSITORY)}
+    environ["XDG_STATE_HOME"] = str(tmp_path / "state")
     assert "[[engine]]" in run(start[2], environ, tmp_path)
     with (tmp_path / "serve.log").open("wb") as log:
         daemon = subprocess.Popen(as_here(start[3]).split(), cwd=tmp_path, env=environ, stderr=log)
