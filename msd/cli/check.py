@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         file = settings.find(options.file or options.config)
         config = load_config(file)
+        check_host(config, file)
     except ConfigError as error:
         if options.json:
             print(json.dumps({"ok": False, "problems": problems(error)}, ensure_ascii=False))
@@ -68,6 +69,35 @@ def quality_notes(config: settings.Config, base_dir: Path) -> list[str]:
     certificates = Certificates(modes, config.quality, gate_file, recipe_hashes(config, base_dir))
     notes = [f"mode {mode.name}: {certificates.summary(arm).text}" for arm, mode in enumerate(modes)]
     return [*notes, *(f"gate file: {note}" for note in certificates.strangers())]
+
+
+def check_host(config: settings.Config, file: Path) -> None:
+    """What only this host can say: the profile holds here, and every mode fits its GPU. Raises ConfigError."""
+    real = any(engine.kind == "vllm" for engine in config.engine)
+    if not real and not config.policy.profile:
+        return
+    # Late: they look at the driver and at what is installed.
+    from msd.engine.host import identity, look
+    from msd.engine.memory import unfit
+    from msd.profile import load_for
+    from msd.telemetry.nvml import installed_gpus
+
+    host = look(*installed_gpus())
+    where = identity(config, host)
+    found: list[settings.Problem] = []
+    profile = None
+    try:
+        profile = load_for(config, file.parent, where.device, where.engine_version)
+    except ConfigError as error:
+        found.append(settings.Problem(field="policy.profile", value=config.policy.profile, message=str(error)))
+    gpu = host.gpu(config.telemetry.device) if real and host.platform == "gpu" else None
+    if gpu is not None and gpu.memory_total_bytes is not None:
+        found += [
+            settings.Problem(field=f"engine[{one.index}]", value=config.engine[one.index].name, message=one.message)
+            for one in unfit(config, file.parent, gpu.memory_total_bytes, gpu.name, profile)
+        ]
+    if found:
+        raise settings.InvalidConfigError(str(file), found)
 
 
 def problems(error: ConfigError) -> list[object]:

@@ -16,7 +16,7 @@ from msd import config as settings
 from msd.cli import terminal
 from msd.cli.options import Commands, add_json, load_config
 from msd.config.presets import PRESETS, Preset
-from msd.errors import EXIT_OK, ConfigError, ProbeError
+from msd.errors import EXIT_OK, ConfigError
 
 if TYPE_CHECKING:
     from msd.engine.host import Host
@@ -38,7 +38,11 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the catalogue."""
-    host = this_host()
+    # Late: they look at the driver and at what is installed.
+    from msd.engine.host import look
+    from msd.telemetry.nvml import installed_gpus
+
+    host = look(*installed_gpus())
     file = settings.find(options.config) if options.config else None
     config = load_config(file) if file else None
     device = config.telemetry.device if config else "0"
@@ -52,17 +56,6 @@ def run(options: argparse.Namespace) -> int:
     if modes is not None:
         print("\n".join(["", terminal.paint(f"modes of {file}", "bold"), *own_modes(modes)]))
     return EXIT_OK
-
-
-def this_host() -> Host:
-    """This host with its GPUs, if the driver lists any."""
-    from msd.engine.host import look
-    from msd.telemetry.nvml import installed_gpus
-
-    try:
-        return look(installed_gpus())
-    except ProbeError as error:
-        return look(no_gpu=str(error))
 
 
 class Entry(Struct, frozen=True, kw_only=True):

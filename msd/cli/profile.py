@@ -68,9 +68,9 @@ def run(options: argparse.Namespace) -> int:
     import uvloop
 
     from msd import logs
-    from msd.cli.modes import this_host
-    from msd.engine.host import identity
+    from msd.engine.host import identity, look
     from msd.learning.profiling import FAMILY_NAMES, Plan
+    from msd.telemetry.nvml import installed_gpus
 
     file = settings.find(options.config)
     config = load_config(file)
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         num_repeats=options.repeats,
         energy_s=_energy_s(options.energy_s, simulated),
     )
-    host = this_host()
+    host = look(*installed_gpus())
     work = _Work(options, config, file.parent, plan, host, identity(config, host))
     work.begin(resume=options.resume)
     try:

@@ -59,9 +59,15 @@ def import_pynvml() -> Any:
     return pynvml
 
 
-def installed_gpus() -> tuple[InstalledGpu, ...]:
-    """The GPUs that the driver lists, asked once. Raises ProbeError: no driver, no GPU, a foreign pynvml."""
-    nvml = import_pynvml()
+def installed_gpus() -> tuple[tuple[InstalledGpu, ...], str]:
+    """The GPUs that the driver lists, asked once; or none, and why: no driver, a foreign pynvml."""
+    try:
+        return _list_gpus(import_pynvml()), ""
+    except ProbeError as error:
+        return (), str(error)
+
+
+def _list_gpus(nvml: Any) -> tuple[InstalledGpu, ...]:
     try:
         nvml.nvmlInit()
         try:
