@@ -65,7 +65,7 @@ def unfit(
     has = f"{device} has {gb(device_bytes)}, of which {gb(reserve)} stay free (residency.reserve_bytes)"
     always: list[Need] = []
     for index, engine in enumerate(config.engine):
-        wants = _claim(engine, need(engine, config, base_dir, profile), device_bytes)
+        wants = _claim(engine, need(engine, config, base_dir, profile), device_bytes, room)
         if not wants.num_bytes:
             continue
         says = f"{wants.engine} {gb(wants.num_bytes)} ({wants.origin})"
@@ -83,12 +83,13 @@ def unfit(
             always.append(wants)
 
 
-def _claim(engine: EngineConfig, wants: Need, device_bytes: int) -> Need:
+def _claim(engine: EngineConfig, wants: Need, device_bytes: int, room: int) -> Need:
     """What the engine takes on this GPU: without a size for its KV cache, vLLM fills a share of the whole memory."""
     if engine.kind != "vllm" or engine.gpu_bytes or "kv_cache_memory_bytes" in engine.args:
         return wants
     share = engine.args.get("gpu_memory_utilization", UTILISATION)
-    filled = int(device_bytes * share) if isinstance(share, int | float) else 0
+    # Not more than there is room: the reserve alone is no reason to refuse an engine that has the GPU to itself.
+    filled = min(room, int(device_bytes * share)) if isinstance(share, int | float) else 0
     if wants.num_bytes >= filled:
         return wants
     origin = f"gpu_memory_utilization {share} of the whole; args.kv_cache_memory_bytes would bound it"
