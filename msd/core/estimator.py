@@ -24,7 +24,7 @@ _SPREAD = 100.0
 _PROFILE_SPREAD = 0.25**2
 """P of a profile's coefficients, relative to their squares: they were measured, elsewhere or another day."""
 _FACTOR_MAX = 4.0
-_FLOOR_MS = 0.01
+FLOOR_MS = 0.01
 _MAD_FIRST, _MAD_LEAST, _MAD_STEP = 0.3, 0.04, 0.05
 _MADS = 5.0
 _JUDGED_FROM = 8
@@ -34,13 +34,18 @@ _LOOSER = 20.0
 """P grows by this then: at lambda 0.995 the old engine would be believed for 200 more requests."""
 _FROZEN = 3
 """Requests after a start that teach no times: graphs and caches warm up."""
+_SETTLED = 100
+_LEARN_EVERY_US = 25_000
+"""A mode that has seen so many learns times at most so often: learning is a fifth of what a request costs the core."""
 _ENERGY_ALPHA = 0.05
 _SHARING_ALPHA = 0.05
 _SHARERS_MOST = 16
+_ALONE = 0.05
+"""Less company than this on average teaches nothing about company."""
 _CELL_ALPHA = 0.06
 _CELL_SHRINK = 8.0
 _CELL_MOST = log(3.0)
-_PROMPT_CELLS, _BATCH_CELLS = 5, 4
+PROMPT_CELLS, _BATCH_CELLS = 5, 4
 _NOT_NEGATIVE = ((0.0, inf),) * 3
 
 
@@ -64,7 +69,7 @@ class Fit:
         self._mad = _MAD_FIRST
         self._streak = 0
         self._bounds = tuple((x / _FACTOR_MAX, x * _FACTOR_MAX or inf) for x in (a, b, c)) if trusted else None
-        p = _SPREAD * max(a, _FLOOR_MS) ** 2
+        p = _SPREAD * max(a, FLOOR_MS) ** 2
         self.p00, self.p11, self.p22 = p, p, p
         if trusted:
             least = 0.1 * a
@@ -73,13 +78,13 @@ class Fit:
 
     def at(self, x1: float, x2: float = 0.0) -> float:
         y = self.a + self.b * x1 + self.c * x2
-        return y if y > _FLOOR_MS else _FLOOR_MS
+        return y if y > FLOOR_MS else FLOOR_MS
 
     def learn(self, x1: float, x2: float, y: float) -> None:
         a, b, c = self.a, self.b, self.c
         predicted = a + b * x1 + c * x2
-        if predicted < _FLOOR_MS:
-            predicted = _FLOOR_MS
+        if predicted < FLOOR_MS:
+            predicted = FLOOR_MS
         if self.n >= _JUDGED_FROM and self._is_outlier((y - predicted) / predicted):
             return
         # Before the first observation the prior may be a mere guess; later one outlier must not tear the line away.
@@ -183,9 +188,9 @@ class Corrections:
     __slots__ = ("_logs", "_nums", "rows")
 
     def __init__(self) -> None:
-        self.rows = [[1.0] * _PROMPT_CELLS for _ in range(_BATCH_CELLS)]
-        self._logs = [[0.0] * _PROMPT_CELLS for _ in range(_BATCH_CELLS)]
-        self._nums = [[0] * _PROMPT_CELLS for _ in range(_BATCH_CELLS)]
+        self.rows = [[1.0] * PROMPT_CELLS for _ in range(_BATCH_CELLS)]
+        self._logs = [[0.0] * PROMPT_CELLS for _ in range(_BATCH_CELLS)]
+        self._nums = [[0] * PROMPT_CELLS for _ in range(_BATCH_CELLS)]
 
     def learn(self, batch: int, prompt: int, ratio: float) -> None:
         """`ratio`: measured over predicted without this correction."""
@@ -201,7 +206,7 @@ class Corrections:
 def prompt_cell(num_prompt_tokens: int) -> int:
     """Cell of a prompt's size: below 32, 128, 512, 2048, and the rest."""
     cell = (num_prompt_tokens.bit_length() - 4) >> 1
-    return 0 if cell < 0 else cell if cell < _PROMPT_CELLS else _PROMPT_CELLS - 1
+    return 0 if cell < 0 else cell if cell < PROMPT_CELLS else PROMPT_CELLS - 1
 
 
 def batch_cell(num_running: int) -> int:
@@ -216,47 +221,55 @@ class Sharing:
     Between whole numbers it is interpolated, since an average over a request's life lies there. `factors[0]` is 1.
     """
 
-    __slots__ = ("factors", "nums")
+    __slots__ = ("_most", "_nums", "factors")
 
     def __init__(self) -> None:
         self.factors = [1.0] * (_SHARERS_MOST + 1)
-        self.nums = [0.0] * (_SHARERS_MOST + 1)
+        self._nums = [0.0] * (_SHARERS_MOST + 1)
+        self._most = 0
+        """So many others were seen; more are taken to be no better."""
 
     def at(self, num_others: float) -> float:
         """The factor beside this many busy engines."""
         if num_others <= 0.0:
             return 1.0
+        if num_others >= self._most:
+            return self.factors[self._most]
         low = int(num_others)
-        if low >= _SHARERS_MOST:
-            return self.factors[_SHARERS_MOST]
-        part = num_others - low
-        return self.factors[low] * (1.0 - part) + self.factors[low + 1] * part
+        return self.factors[low] + (num_others - low) * (self.factors[low + 1] - self.factors[low])
 
     def learn(self, num_others: float, ratio: float) -> None:
         """`ratio`: measured over what the mode alone would take."""
-        if num_others < 0.05:
+        if num_others < _ALONE:
             return
-        low = min(int(num_others), _SHARERS_MOST - 1)
-        part = min(1.0, num_others - low)
-        error = min(_FACTOR_MAX, ratio) - self.at(num_others)
-        for i, weight in ((low, 1.0 - part), (low + 1, part)):
-            if i and weight:
-                self.nums[i] += weight
-                gain = weight * max(_SHARING_ALPHA, 0.5 / self.nums[i])
-                moved = self.factors[i] + min(0.5, gain) * error
-                self.factors[i] = min(max(1.0, moved), 1.5 * (i + 1))
-        # More company never helps, and what was not seen yet is at least as slow as what was.
-        for i in range(1, len(self.factors)):
-            if self.factors[i] < self.factors[i - 1] and self.nums[i] < 1.0:
-                self.factors[i] = self.factors[i - 1]
+        low = int(num_others)
+        part = num_others - low
+        if low >= _SHARERS_MOST:
+            low, part = _SHARERS_MOST - 1, 1.0
+        error = (ratio if ratio < _FACTOR_MAX else _FACTOR_MAX) - self.at(num_others)
+        if low:
+            self._move(low, 1.0 - part, error)
+        self._move(low + 1, part, error)
+
+    def _move(self, i: int, weight: float, error: float) -> None:
+        factors = self.factors
+        if i > self._most:
+            if weight < 0.5:
+                return
+            self._most = i
+            factors[i] = factors[i - 1]
+        num = self._nums[i] = self._nums[i] + weight
+        gain = 0.5 / num
+        factor = factors[i] + weight * (gain if gain > _SHARING_ALPHA else _SHARING_ALPHA) * error
+        factors[i] = 1.0 if factor < 1.0 else factor
 
 
 class ModeEstimate:
     """What the core expects of one mode. Predictions in ms and mJ; energy is None until some was measured."""
 
     __slots__ = (
-        "costs", "energy_cells", "eos_step_ms", "mj_per_token", "num_frozen", "service_ms", "tpot", "tpot_cells",
-        "ttft", "ttft_cells",
+        "costs", "due_us", "energy_cells", "eos_step_ms", "mj_per_token", "num_frozen", "service_ms", "tpot",
+        "tpot_cells", "ttft", "ttft_cells",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -273,6 +286,7 @@ class ModeEstimate:
         """Until then: dynamic energy over the tokens computed and generated; None until a request was settled."""
         self.service_ms = 0.0
         self.num_frozen = 0
+        self.due_us = 0
 
     def seed(self, info: EngineInfo) -> None:
         """The engine came up. Its warm-up is the prior, unless a profile or requests have taught better already."""
@@ -313,11 +327,14 @@ class ModeEstimate:
         """Expected wait for a slot when `num_ahead` requests are served before, on `num_slots` slots."""
         return self.service_ms * num_ahead / max(1, num_slots)
 
-    def thaws(self) -> bool:
-        """Whether an attempt that ended now may teach times; counts down after a start."""
+    def is_due(self, t_us: int) -> bool:
+        """Whether an attempt that ended now teaches times: not right after a start, nor more often than needed."""
         if self.num_frozen:
             self.num_frozen -= 1
             return False
+        if t_us < self.due_us and self.ttft.n >= _SETTLED:
+            return False
+        self.due_us = t_us + _LEARN_EVERY_US
         return True
 
     def learn_service(self, service_ms: float) -> None:

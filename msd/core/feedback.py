@@ -87,7 +87,7 @@ class Feedback:
         request, book, sharing = entry.request, self._fleet.books[entry.parked], self._fleet.sharing
         estimate = book.estimate
         estimate.learn_service((t_us - entry.dispatched_us) * 0.001)
-        if not estimate.thaws():
+        if not estimate.is_due(t_us):
             return
         book.stale = True
         prompt = request.num_prompt_tokens

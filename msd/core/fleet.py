@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from msd.config import EngineConfig
 from msd.core.energy_domain import Coefficients
 from msd.core.entry import Entry
-from msd.core.estimator import ModeEstimate, Sharing, batch_cell
+from msd.core.estimator import FLOOR_MS, PROMPT_CELLS, ModeEstimate, Sharing, batch_cell
 from msd.core.running import Running
 from msd.domain import EngineInfo, EngineLoad, Mask, Mode, Residence
 from msd.profile import Profile
@@ -22,9 +22,11 @@ _HEALTH = int(Mask.HEALTH)
 _ASLEEP = int(Mask.ASLEEP)
 _SLOTS = int(Mask.SLOTS)
 
+_NO_CORRECTION = [1.0] * PROMPT_CELLS
+
 Folded = tuple[
-    int, int, int, int, int, float, float, float, float, float, float, float, float, list[float], list[float],
-    list[float] | None,
+    str, int, int, int, int, int, float, float, float, float, float, float, float, float, list[float], list[float],
+    list[float], Running,
 ]  # fmt: skip
 """What a decision needs of one mode, as `ModeBook.fold` puts it together."""
 
@@ -92,9 +94,15 @@ class ModeBook:
             mask = _HEALTH if self.residence == "resident" else _ASLEEP
         ttft, tpot = estimate.ttft, estimate.tpot
         read_ms = ttft.b * 0.001
-        cell = batch_cell(num_running)
+        tpot_ms = tpot.a
+        base_ms = ttft.a
+        cell = 0
+        if num_running:
+            tpot_ms += tpot.b * num_running + tpot.c * 1e-4 * running.num_tokens
+            base_ms += read_ms * running.unread_tokens + 1.5 * tpot_ms - tpot.a
+            cell = batch_cell(num_running)
         costs = estimate.costs
-        energy_row = None
+        energy_row = _NO_CORRECTION
         prompt_mj = output_mj = -1.0
         if costs is not None:
             prompt_mj = costs.prefill_mj_per_token
@@ -103,16 +111,17 @@ class ModeBook:
         elif estimate.mj_per_token is not None:
             prompt_mj = output_mj = estimate.mj_per_token
         self.stale = False
-        self.folded = (
+        self.folded = folded = (
+            self.name,
             mask,
             num_running,
             free,
             max_len,
             room,
-            ttft.a + read_ms * running.unread_tokens + estimate.offset_ms(num_running, running.num_tokens),
+            base_ms,
             read_ms,
             ttft.c * 1e-6,
-            tpot.at(num_running, running.num_tokens * 1e-4),
+            tpot_ms if tpot_ms > FLOOR_MS else FLOOR_MS,
             tpot.b,
             estimate.eos_step_ms,
             prompt_mj,
@@ -120,8 +129,9 @@ class ModeBook:
             estimate.ttft_cells.rows[cell],
             estimate.tpot_cells.rows[cell],
             energy_row,
+            running,
         )
-        return self.folded
+        return folded
 
     def wait_ms(self, num_ahead: int, t_us: int) -> float:
         """Expected wait for a slot of a full mode behind so many: until the next but `num_ahead` has ended."""

@@ -12,12 +12,13 @@ from msgspec import structs
 from msd.core.entry import Entry
 from msd.core.estimator import prompt_cell
 from msd.core.fleet import Fleet
-from msd.domain import Candidate, Choice, Decision, Features, GpuView, Mask
+from msd.domain import YIELD, Candidate, Choice, Decision, Features, GpuView, Mask
 from msd.ports import Policy
 
 _CONTEXT = int(Mask.CONTEXT)
 _MEMORY = int(Mask.MEMORY)
 _SLOTS = int(Mask.SLOTS)
+_NOT_SLOTS = ~_SLOTS
 _DEADLINE = int(Mask.DEADLINE)
 
 
@@ -55,10 +56,10 @@ class Router:
             fleet.books, entry.static_masks, entry.cached_tokens or self._none_cached, strict=True
         ):
             (
-                mask, running, free, max_len, room, base_ms, read_ms, square_ms, tpot_ms, beside_ms, eos_ms, prompt_mj,
-                output_mj, ttft_row, tpot_row, energy_row,
+                name, closed, running, free, max_len, room, base_ms, read_ms, square_ms, tpot_ms, beside_ms, eos_ms,
+                prompt_mj, output_mj, ttft_row, tpot_row, energy_row, beside,
             ) = book.fold() if book.stale else book.folded  # fmt: skip
-            mask |= static
+            mask = static | closed
             if total > max_len:
                 mask |= _CONTEXT
             if need > room:
@@ -67,49 +68,46 @@ class Router:
             own_ms = new * (read_ms + square_ms * prompt)
             queue_ms = delay_ms = 0.0
             if running:
-                tpot_ms *= slow_busy * tpot_row[cell]
                 ttft_ms = (base_ms + own_ms) * slow_busy * ttft_row[cell]
+                tpot_ms *= slow_busy * tpot_row[cell]
                 e2el_ms = ttft_ms + tpot_ms * steps
-                ends = book.running.ends
-                beside_left_ms = (book.running.end_us - running * t_us) * 0.001
                 # Its neighbours wait while its prompt is read, and each of their steps is longer while both run.
+                beside_left_ms = (beside.end_us - running * t_us) * 0.001
                 steps_beside = beside_left_ms / tpot_ms
-                most = running * expected
-                delay_ms = own_ms * running
+                if steps_beside > running * expected:
+                    steps_beside = running * expected
+                delay_ms = own_ms * running * slow_busy
                 if steps_beside > 0.0:
-                    delay_ms += beside_ms * (steps_beside if steps_beside < most else most)
-                delay_ms *= slow_busy
-                others = num_all - running
-                if others and ends:
+                    delay_ms += beside_ms * slow_busy * steps_beside
+                if kept_busy < 1.0:
                     # The other engines share the GPU with this one for longer, if it outlasts what runs here.
-                    longer_ms = e2el_ms - (ends[-1] - t_us) * 0.001
+                    longer_ms = e2el_ms - (beside.ends[-1] - t_us) * 0.001
                     if longer_ms > 0.0:
-                        delay_ms += _lost_ms(
-                            others * longer_ms, left_ms - beside_left_ms - others * (e2el_ms - longer_ms), kept_busy
-                        )
+                        others = num_all - running
+                        others_left_ms = left_ms - beside_left_ms - others * (e2el_ms - longer_ms)
+                        delay_ms += _lost_ms(others * longer_ms, others_left_ms, kept_busy)
                 if free <= 0:
-                    queue_ms = book.wait_ms(book.num_parked, t_us)
+                    queue_ms = 0.0 if book.num_parked or not beside.ends else (beside.ends[0] - t_us) * 0.001
+                    if queue_ms <= 0.0:
+                        queue_ms = book.wait_ms(book.num_parked, t_us)
                     ttft_ms += queue_ms
                     e2el_ms += queue_ms
             else:
-                tpot_ms *= slow_idle * tpot_row[cell]
                 ttft_ms = (base_ms + own_ms) * slow_idle * ttft_row[cell]
+                tpot_ms *= slow_idle * tpot_row[cell]
                 e2el_ms = ttft_ms + tpot_ms * steps
-                if num_all:
+                if kept_idle < 1.0:
                     delay_ms = _lost_ms(num_all * e2el_ms, left_ms, kept_idle)
             if ends_itself:
                 e2el_ms += eos_ms
             if slack_ms is not None:
                 if e2el_ms > slack_ms:
                     mask |= _DEADLINE
-                elif not mask & ~_SLOTS:
+                elif not mask & _NOT_SLOTS:
                     some_in_time = True
-            energy_mj = None
-            if output_mj >= 0.0:
-                energy = prompt_mj * new + output_mj * expected
-                energy_mj = int(energy if energy_row is None else energy * energy_row[cell])
+            energy_mj = None if output_mj < 0.0 else int((prompt_mj * new + output_mj * expected) * energy_row[cell])
             made.append(
-                Candidate(book.name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free, queue_ms, delay_ms, hit)
+                Candidate(name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free, queue_ms, delay_ms, hit)
             )
         if slack_ms is not None and not some_in_time:
             # If the deadline alone masks all, late beats never: the policy chooses among them.
@@ -128,7 +126,9 @@ class Router:
         else:
             return None
         choice = self.policy.choose(features, candidates, self._rng)
-        assert choice.arm >= 0, f"{self.policy.name} chose nothing"
+        if choice.arm == YIELD:
+            assert features.num_running, f"{self.policy.name} lets a request wait for nothing"
+            return choice
         assert not candidates[choice.arm].mask & ~_SLOTS, f"{self.policy.name} chose a masked mode"
         return choice
 

@@ -245,7 +245,15 @@ def test_a_profile_without_energy_leaves_it_unknown() -> None:
 def test_the_first_requests_after_a_start_teach_no_times() -> None:
     estimate = ModeEstimate()
     estimate.seed(info())
-    assert [estimate.thaws() for _ in range(5)] == [False, False, False, True, True]
+    assert [estimate.is_due(0) for _ in range(5)] == [False, False, False, True, True]
+
+
+def test_who_has_learnt_much_learns_at_intervals() -> None:
+    estimate = ModeEstimate()
+    for _ in range(100):
+        assert estimate.is_due(0)
+        estimate.ttft.learn(0.1, 0.0, 10.0)
+    assert [estimate.is_due(t_us) for t_us in (1, 24_999, 25_000, 25_001, 60_000)] == [False, False, True, False, True]
 
 
 def test_a_busy_engine_answers_after_the_step_under_way_and_with_the_others_decoding() -> None:
