@@ -29,16 +29,23 @@ from msd.core.scheduler import Scheduler
 from msd.dispatch import Dispatcher
 from msd.egress import Egress
 from msd.engine import factory
+from msd.engine.host import identity, look
 from msd.engine.pool import Pool
 from msd.errors import EXIT_OK, ConfigError, MsdError
 from msd.ingress.accept import Acceptor
+from msd.ingress.http import HttpIngress
 from msd.ingress.zmq import ZmqIngress
 from msd.journal.decision_log import DecisionLog
 from msd.journal.memory import MemoryJournal
+from msd.learning.energy_model import Fitting
 from msd.notify import Notifier
 from msd.ports import Clock, GpuProbe
+from msd.profile import Profile, load_for
 from msd.recipe import recipe_hashes
+from msd.telemetry import metrics
+from msd.telemetry.nvml import installed_gpus
 from msd.telemetry.probes import start_probes
+from msd.wire import DaemonStatus
 
 T = TypeVar("T")
 
@@ -92,6 +99,7 @@ class Daemon:
         loop.set_exception_handler(partial(_on_loop_exception, crash))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        profile = self._profile()
         logs_folder = None
         if any(engine.kind == "vllm" for engine in config.engine):
             from msd.engine.vllm import import_vllm
@@ -102,7 +110,8 @@ class Daemon:
             import_vllm()
         gpu = factory.simulated_gpu(config, self._clock)
         journal = MemoryJournal(config.journal, self._clock)
-        scheduler = self._scheduler()
+        scheduler = self._scheduler(profile)
+        self._fitting = Fitting(scheduler.ledger, ThreadOffload(), self._clock)
         probes = start_probes(config.telemetry, self._clock, gpu)
         decision_log = self._open_decision_log(scheduler)
         try:
@@ -146,13 +155,21 @@ class Daemon:
                     epoch=self._epoch,
                     durable=journal.durable,
                 )
+                http = HttpIngress(
+                    config.ingress.http,
+                    state=lambda: self._status().state,
+                    metrics=self._scrape,
+                    content_type=metrics.CONTENT_TYPE,
+                )
                 for request in await journal.start(dispatcher):
                     dispatcher.egress.register(request, None)
                     dispatcher.post(e.Recovered(self._clock.now_us(), request))
                 try:
                     await ingress.start()
+                    await http.start()
                     await self._serve(tasks, crash, probes)
                 finally:
+                    await asyncio.shield(http.close())
                     await asyncio.shield(ingress.close())
         finally:
             await asyncio.shield(journal.stop())
@@ -176,7 +193,18 @@ class Daemon:
         made.start()
         return made
 
-    def _scheduler(self) -> Scheduler:
+    def _profile(self) -> Profile | None:
+        """What `msd profile` measured of these modes. Raises ConfigError when it does not hold on this host."""
+        config = self._config
+        if not config.policy.profile:
+            return None
+        where = identity(config, look(*installed_gpus()))
+        profile = load_for(config, self._base_dir, where.device, where.engine_version)
+        lacking = [engine.name for engine in config.engine if profile is not None and profile.of(engine.name) is None]
+        _log.info("profile", file=config.policy.profile, device=where.device, modes_not_in_it=lacking)
+        return profile
+
+    def _scheduler(self, profile: Profile | None) -> Scheduler:
         """The core, with the gate file that its modes go by; says which of them are kept back, and why."""
         config = self._config
         gate_file = gate.load(self._base_dir / config.quality.gate) if config.quality.gate else None
@@ -186,6 +214,7 @@ class Daemon:
             gate=gate_file,
             recipes=recipe_hashes(config, self._base_dir),
             withdrawn=gate.load_withdrawals(self._withdrawals) if gate_file is not None else (),
+            profile=profile,
         )
         certificates = scheduler.certificates
         for note in certificates.strangers():
@@ -207,6 +236,7 @@ class Daemon:
         self._notifier.tell("READY=1", "STATUS=no mode is warm yet" + (f"; {self._gated}" if self._gated else ""))
         running = tasks.create_task(pool.run(), name="pool")
         ticker = tasks.create_task(self._tick(probes), name="ticker")
+        fitting = tasks.create_task(self._fitting.run(dispatcher.post), name="energy fit")
         # Everything that lives as long as the daemon exists now: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -221,6 +251,7 @@ class Daemon:
             _log.error("engines_still_stopping", limit_s=STOP_LIMIT_S)
         await running
         ticker.cancel()
+        fitting.cancel()
         if ingress.stats()["num_sessions"]:
             await asyncio.sleep(LAST_WORDS_S)
 
@@ -293,18 +324,32 @@ class Daemon:
             self._told = line
             self._notifier.tell(line)
 
-    def _describe(self) -> dict[str, object]:
-        described = to_builtins(
-            status.gather(
-                self._identity,
-                self._dispatcher.scheduler,
-                self._pool.status(),
-                self._dispatcher.journal,
-                draining=self._draining,
-                num_sessions=self._ingress.stats()["num_sessions"],
-                now_us=self._clock.now_us(),
-            )
+    def _status(self) -> DaemonStatus:
+        return status.gather(
+            self._identity,
+            self._dispatcher.scheduler,
+            self._pool.status(),
+            self._dispatcher.journal,
+            draining=self._draining,
+            num_sessions=self._ingress.stats()["num_sessions"],
+            now_us=self._clock.now_us(),
+            fit=self._fitting.latest,
         )
+
+    async def _scrape(self) -> bytes:
+        """The metrics as of now; their text is made off the loop."""
+        scheduler = self._dispatcher.scheduler
+        booked = {accounts.domain: scheduler.ledger.booked(accounts.domain) for accounts in scheduler.ledger.accounts()}
+        standings = [
+            (book.name, task, certificate.standing)
+            for arm, book in enumerate(scheduler.fleet.books)
+            for task, certificate in scheduler.certificates.describe(arm)
+        ]
+        snapshot = self._dispatcher.metrics.snapshot(self._status(), booked, standings)
+        return await ThreadOffload().run(partial(metrics.render, snapshot))
+
+    def _describe(self) -> dict[str, object]:
+        described = to_builtins(self._status())
         assert isinstance(described, dict)
         return described
 

@@ -29,6 +29,7 @@ from msd.ingress.accept import Acceptor, RefusedSubmitError
 from msd.journal.decision_log import DecisionLog
 from msd.learning.shadow_runs import ShadowRuns
 from msd.ports import Clock, Journal, Session
+from msd.telemetry.metrics import Metrics
 from msd.wire import ErrorCode, State, Submit, refusal
 
 _LONG_PROMPTS_AT_ONCE = 64
@@ -57,6 +58,7 @@ class Dispatcher:
     ) -> None:
         """`on_withdrawn`: keeps what must outlive the process."""
         self.scheduler = scheduler
+        self.metrics = Metrics()
         self.journal = journal
         self.egress = egress
         self._acceptor = acceptor
@@ -142,6 +144,7 @@ class Dispatcher:
             case c.Settle():
                 self.journal.settle(command.request_id, command.energy)
             case c.Observe():
+                self.metrics.observed(command.decision, command.observation)
                 if self._decision_log is not None:
                     self._decision_log.observed(command.decision, command.observation)
             case c.Shadow():
@@ -188,6 +191,7 @@ class Dispatcher:
             text=text,
             token_ids=token_ids,
         )
+        self.metrics.completed(outcome, entry.request.tenant)
         self.egress.ended(result)
         self._prompts.pop(outcome.request_id, None)
         self.journal.complete(result)

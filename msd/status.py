@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import structs
 
 from msd import __version__
 from msd.config import Config
+from msd.core.energy_domain import Coefficients
+from msd.core.ledger import Accounts, Booked, Ledger
 from msd.core.scheduler import Scheduler
 from msd.core.shadow import loss
 from msd.engine.pool import EngineStatus
+from msd.learning.energy_model import Fit
 from msd.ports import Journal
-from msd.wire import CertificateReport, DaemonStatus, EngineReport, LedgerReport, ModeReport
+from msd.wire import (
+    CertificateReport,
+    CoefficientReport,
+    DaemonStatus,
+    EngineReport,
+    LedgerReport,
+    ModeReport,
+    UsageReport,
+)
 
 _REASONS_SHOWN = 8
+_USERS_SHOWN = 50
 
 
 class Identity:
@@ -39,6 +51,7 @@ def gather(
     draining: bool,
     num_sessions: int,
     now_us: int,
+    fit: Fit | None = None,
 ) -> DaemonStatus:
     """One consistent picture of this instant."""
     counts = scheduler.counts
@@ -75,23 +88,9 @@ def gather(
         engines=tuple(_engine(identity, scheduler, engine, now_us) for engine in engines),
         modes=_modes(scheduler),
         gpu=gpu,
-        energy=tuple(
-            LedgerReport(
-                domain=a.domain,
-                source=a.source,
-                counter_mj=a.counter_mj,
-                estimated_mj=a.estimated_mj,
-                requests_mj=a.requests_mj,
-                wasted_mj=a.wasted_mj,
-                idle_mj=a.idle_mj,
-                unattributed_mj=a.unattributed_mj,
-                running_mj=a.running_mj,
-                open_mj=a.open_mj,
-                residue_mj=a.residue_mj,
-                idle_w=a.idle_w,
-            )
-            for a in scheduler.ledger.accounts()
-        ),
+        energy=tuple(_ledger(scheduler.ledger, accounts, now_us) for accounts in scheduler.ledger.accounts()),
+        coefficients=_coefficients(scheduler, fit),
+        throttled_s={reason: us / 1e6 for reason, us in scheduler.ledger.throttled_us.items()},
     )
 
 
@@ -155,4 +154,85 @@ def _certificates(scheduler: Scheduler, arm: int) -> tuple[CertificateReport, ..
                 live_evidence=None if trial is None else trial.capital,
             )
         )
+    return tuple(reports)
+
+
+def _ledger(ledger: Ledger, accounts: Accounts, now_us: int) -> LedgerReport:
+    booked = ledger.booked(accounts.domain)
+    idle = accounts.idle
+    return LedgerReport(
+        domain=accounts.domain,
+        source=accounts.source,
+        counter_mj=accounts.counter_mj,
+        estimated_mj=accounts.estimated_mj,
+        requests_mj=accounts.requests_mj,
+        wasted_mj=accounts.wasted_mj,
+        idle_mj=accounts.idle_mj,
+        unattributed_mj=accounts.unattributed_mj,
+        running_mj=accounts.running_mj,
+        open_mj=accounts.open_mj,
+        residue_mj=accounts.residue_mj,
+        idle_w=accounts.idle_w if idle.origin != "unknown" else None,
+        idle_origin=idle.origin,
+        idle_spread_w=None if idle.spread_mw is None else idle.spread_mw / 1000,
+        idle_age_s=None if idle.learnt_us is None else (now_us - idle.learnt_us) / 1e6,
+        estimated_of=accounts.estimated_of,
+        modes=_usage(booked, lambda row: row.mode),
+        tenants=_usage([row for row in booked if row.tenant], lambda row: row.tenant),
+    )
+
+
+def _usage(booked: Sequence[Booked], name_of: Callable[[Booked], str]) -> tuple[UsageReport, ...]:
+    """Sums by name, the largest first; beyond the first fifty they are one row."""
+    sums: defaultdict[str, list[int]] = defaultdict(lambda: [0] * 5)
+    for row in booked:
+        entry = sums[name_of(row)]
+        if row.account == "requests":
+            for i, value in enumerate((row.energy_mj, row.estimated_mj, row.static_mj, row.num_tokens)):
+                entry[i] += value
+        else:
+            entry[4] += row.energy_mj
+    ordered = sorted(sums.items(), key=lambda item: (-item[1][0] - item[1][4], item[0]))
+    rows = ordered[:_USERS_SHOWN]
+    if rest := [entry for _, entry in ordered[_USERS_SHOWN:]]:
+        rows.append(("other", [sum(values) for values in zip(*rest, strict=True)]))
+    return tuple(
+        UsageReport(
+            name=name,
+            energy_mj=entry[0],
+            estimated_mj=entry[1],
+            static_mj=entry[2],
+            num_tokens=entry[3],
+            wasted_mj=entry[4],
+        )
+        for name, entry in rows
+    )
+
+
+def _coefficients(scheduler: Scheduler, fit: Fit | None) -> tuple[CoefficientReport, ...]:
+    """By mode: as fitted, else as it began. None of them where nothing is metered."""
+    if not scheduler.ledger.accounts():
+        return ()
+    fits = {one.mode: one for one in fit.modes} if fit is not None else {}
+    reports = []
+    for book in scheduler.fleet.books:
+        one = fits.get(book.name)
+        costs = scheduler.ledger.coefficients.get(book.name, Coefficients())
+        report = CoefficientReport(
+            mode=book.name,
+            step_mj=costs.step_mj,
+            prefill_mj_per_token=costs.prefill_mj_per_token,
+            decode_mj_per_token=costs.decode_mj_per_token,
+        )
+        if one is not None:
+            report = structs.replace(
+                report,
+                step_error_mj=one.standard_errors.step_mj,
+                prefill_error_mj=one.standard_errors.prefill_mj_per_token,
+                decode_error_mj=one.standard_errors.decode_mj_per_token,
+                relative_error=one.relative_error,
+                num_intervals=one.num_intervals,
+                confidence=one.confidence,
+            )
+        reports.append(report)
     return tuple(reports)

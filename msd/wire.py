@@ -373,6 +373,36 @@ class ModeReport(Struct, frozen=True, kw_only=True):
     certificates: tuple[CertificateReport, ...] = ()
 
 
+class UsageReport(Struct, frozen=True, kw_only=True):
+    """What answered requests of one mode or tenant took, in mJ, and the tokens they generated."""
+
+    name: str
+    energy_mj: int = 0
+    estimated_mj: int = 0
+    """What of it was estimated and not counted."""
+    static_mj: int = 0
+    """What of it is the share of the idle power."""
+    num_tokens: int = 0
+    wasted_mj: int = 0
+    """Not in `energy_mj`: work that nobody received."""
+
+
+class CoefficientReport(Struct, frozen=True, kw_only=True):
+    """What energy is split by, per mode, with standard errors (mJ). `confidence`: ok, low, or prior (not learnt)."""
+
+    mode: str
+    step_mj: float
+    prefill_mj_per_token: float
+    decode_mj_per_token: float
+    step_error_mj: float = 0.0
+    prefill_error_mj: float = 0.0
+    decode_error_mj: float = 0.0
+    relative_error: float | None = None
+    """Standard error of the mode's energy, as a share of it."""
+    num_intervals: int = 0
+    confidence: str = "prior"
+
+
 class LedgerReport(Struct, frozen=True, kw_only=True):
     """The energy of one counter since the daemon started, in mJ; field names as the core's `Accounts` has them.
 
@@ -392,6 +422,16 @@ class LedgerReport(Struct, frozen=True, kw_only=True):
     open_mj: int = 0
     residue_mj: int = 0
     idle_w: float | None = None
+    idle_origin: str = ""
+    """stated (by the probe), learnt, configured or unknown."""
+    idle_spread_w: float | None = None
+    """From the 20th to the 80th percentile of the calm seconds it was learnt from."""
+    idle_age_s: float | None = None
+    estimated_of: dict[str, int] = {}
+    """What of each account was estimated, where that is not 0: `requests`, `wasted: failed`, `idle`, ..."""
+    modes: tuple[UsageReport, ...] = ()
+    tenants: tuple[UsageReport, ...] = ()
+    """The 50 that used the most, and `other`."""
 
 
 class DaemonStatus(Struct, frozen=True, kw_only=True):
@@ -421,6 +461,9 @@ class DaemonStatus(Struct, frozen=True, kw_only=True):
     gpu: dict[str, object] | None = None
     """The newest GPU view, with `age_s`; None where nothing is probed."""
     energy: tuple[LedgerReport, ...] = ()
+    coefficients: tuple[CoefficientReport, ...] = ()
+    throttled_s: dict[str, float] = {}
+    """How long the GPU's clocks were held down, by reason."""
 
 
 class State(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="state", tag_field="t"):

@@ -96,7 +96,13 @@ class ZmqIngressConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class HttpIngressConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP socket: `/metrics` for Prometheus and `/health`; loopback unless you say otherwise."""
 
-    listen: Annotated[str, Meta(description="`host:port`, for example `127.0.0.1:9464`. Empty: no HTTP socket.")] = ""
+    listen: Annotated[
+        str,
+        Meta(
+            pattern=r"^$|^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*):[0-9]{1,5}$",
+            description="`host:port`, for example `127.0.0.1:9464`; without a host: loopback. Empty: no HTTP socket.",
+        ),
+    ] = ""
 
 
 class IngressConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

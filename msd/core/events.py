@@ -165,7 +165,7 @@ class CoefficientsFitted(Struct, frozen=True):
 
     t_us: int
     coefficients: dict[str, Coefficients]
-    """By mode; only those that the intervals could identify."""
+    """By mode; those that ran in enough intervals. Modes that always ran together lean to their priors."""
 
 
 class QualityJudged(Struct, frozen=True):

@@ -45,6 +45,8 @@ class Booked(Struct, frozen=True):
     energy_mj: int
     estimated_mj: int
     """What of `energy_mj` was estimated and not counted."""
+    static_mj: int
+    """What of it is the share of the idle power: a fast mode may win by this part alone."""
     num_tokens: int
 
 
@@ -96,7 +98,7 @@ class Ledger:
         self._unsettled: deque[Run] = deque()
         self._resident: frozenset[str] = frozenset()
         self._booked: dict[_Heading, list[int]] = {}
-        """By (domain, account, reason, mode, tenant): energy, what of it is estimated, tokens."""
+        """By (domain, account, reason, mode, tenant): energy, what of it is estimated, what of it is static, tokens."""
         self._throttling: tuple[str, ...] = ()
         self._viewed_us = 0
         self.throttled_us: dict[str, int] = {}
@@ -245,6 +247,11 @@ class Ledger:
         equations.clear()
         return taken
 
+    @property
+    def coefficients(self) -> dict[str, Coefficients]:
+        """What intervals are split by."""
+        return self._coefficients
+
     def fitted(self, coefficients: Mapping[str, Coefficients]) -> None:
         """The energy model was fitted anew: intervals split from now on go by it."""
         self._coefficients.update(coefficients)
@@ -284,10 +291,11 @@ class Ledger:
         heading = (domain.name, account, run.reason, run.mode, run.tenant)
         sums = self._booked.get(heading)
         if sums is None:
-            sums = self._booked[heading] = [0, 0, 0]
+            sums = self._booked[heading] = [0, 0, 0, 0]
         sums[0] += share.dynamic_mj + share.static_mj
         sums[1] += share.estimated_mj
-        sums[2] += run.tokens[-1]
+        sums[2] += share.static_mj
+        sums[3] += run.tokens[-1]
         run.num_unsettled -= 1
         if run.is_owner or run.reason in _UNANSWERED:
             return
@@ -322,7 +330,7 @@ class Ledger:
         }
         for reason, estimated_mj in domain.unattributed_estimated_mj.items():
             estimated_of[f"unattributed: {reason}"] = estimated_mj
-        for (name, account, reason, *_), (energy_mj, estimated_mj, _tokens) in self._booked.items():
+        for (name, account, reason, *_), (energy_mj, estimated_mj, *_) in self._booked.items():
             if name != domain.name:
                 continue
             row = "requests" if account == "requests" else f"wasted: {reason}"
@@ -352,8 +360,8 @@ class Ledger:
     def booked(self, domain: str) -> tuple[Booked, ...]:
         """What finished work used, by account, reason, mode and tenant; the tokens beside it give J/token."""
         return tuple(
-            Booked(account, reason, mode, tenant, energy_mj, estimated_mj, num_tokens)
-            for (name, account, reason, mode, tenant), (energy_mj, estimated_mj, num_tokens) in self._booked.items()
+            Booked(account, reason, mode, tenant, *sums)
+            for (name, account, reason, mode, tenant), sums in self._booked.items()
             if name == domain
         )
 

@@ -20,18 +20,19 @@ from msd.core import events as e
 from msd.core.admission import Admission, Static, overflow_message
 from msd.core.certificates import Certificates
 from msd.core.commands import Command
-from msd.core.entry import Entry, Phase
+from msd.core.entry import YIELDING, Entry, Phase
 from msd.core.events import Event
 from msd.core.features import Extractor
 from msd.core.feedback import Feedback
 from msd.core.fleet import Fleet, longest_context, mode_of
-from msd.core.ledger import Account, Ledger, WasteReason
+from msd.core.ledger import Account, Ledger, WasteReason, coefficients_of
 from msd.core.lengths import overrun
 from msd.core.queue import FairQueue
 from msd.core.residency import Residency
 from msd.core.router import Router
 from msd.core.shadow import Shadows
 from msd.domain import (
+    YIELD,
     Candidate,
     Choice,
     Decision,
@@ -152,6 +153,7 @@ class Scheduler:
         )
         if profile is not None:
             made.fleet.profiled(profile)
+            made.ledger.fitted(coefficients_of(profile))
         if any(engine.residency == "auto" for engine in config.engine):
             made._plan_residency(config, profile)
         return made
@@ -228,6 +230,7 @@ class Scheduler:
                 self._settle(self.ledger.counter(event.reading))
             case e.ViewTaken():
                 self._view = event.view
+                self.ledger.viewed(event.view)
             case e.Tick():
                 self._on_tick(event.t_us)
             case e.Cancelled():
@@ -441,7 +444,7 @@ class Scheduler:
             free = fleet.free & ~closed
             if not free or not queue.num_waiting:
                 break
-            entry = queue.pop(free, fleet.up)
+            entry = queue.pop(free, fleet.up) or queue.pop(free, fleet.up, yielding=True)
             if entry is None:
                 break
             if entry.held_at != fleet.num_changes and self._route(entry, t_us):
@@ -463,7 +466,7 @@ class Scheduler:
         """Decide one request that was just taken from the queue. False: no room for it at this moment."""
         if entry.parked >= 0:
             self.fleet.unpark(entry.parked)
-            entry.parked = -1
+        entry.parked = -1
         deadline_us = entry.request.deadline_us
         if deadline_us is not None and deadline_us <= t_us:
             # The tick that looks at deadlines comes later; no slot for an answer that is late already.
@@ -476,6 +479,12 @@ class Scheduler:
         if choice is None:
             return self._set_aside(entry, t_us, candidates)
         arm = choice.arm
+        if arm == YIELD:
+            # Asked again when something has changed, after those that have not yielded.
+            entry.parked = YIELDING
+            entry.held_at = self.fleet.num_changes
+            self.queue.push(entry)
+            return True
         if entry.falls_back:
             choice = Choice(arm, 1.0, "the reference mode: quality forbids every other")
         if candidates[arm].mask:

@@ -4,7 +4,7 @@ Each interval between two changes of the counter is one equation (energy spec, "
 
     E - P_idle * dt = sum over modes of  step_mj * steps + prefill_mj * prompt tokens + decode_mj * positions
 
-Old equations fade with a half-life; a fit is a few milliseconds of numpy and scipy, off the loop. Coefficients hold for
+Old equations fade with a half-life; a fit is a few milliseconds of numpy, off the loop. Coefficients hold for
 one band of SM clocks, so each band has its own equations. A mode that intervals cannot tell from another one, because
 the two always ran together, is fitted towards its prior and marked `low`.
 """
@@ -17,7 +17,6 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import structlog
 from msgspec import Struct
 
 from msd.core import events as e
@@ -38,8 +37,6 @@ LOW_CONFIDENCE = 0.15
 """Relative standard error of a mode's energy, beyond which its coefficients are called uncertain."""
 _NO_RIDGE = 1e-9
 _DEFAULT = Coefficients()
-
-_log = structlog.get_logger(__name__)
 
 
 class ModeFit(Struct, frozen=True):
@@ -115,6 +112,7 @@ class EnergyModel:
     """Takes equations, gives fits. Not for two threads at once: the caller awaits each fit."""
 
     def __init__(self, priors: Mapping[str, Coefficients] | None = None, *, half_life_s: float = HALF_LIFE_S) -> None:
+        """`priors`: what the modes begin with, such as a profile's figures."""
         self._priors = dict(priors or {})
         self._half_life_us = half_life_s * 1e6
         self._modes: dict[str, int] = {}
@@ -173,11 +171,7 @@ class EnergyModel:
         moment = normal.moment[columns] / scale
         priors = np.array([_tuple_of(normal.priors.get(name, _DEFAULT)) for name in names]).reshape(-1)
         ridge = PRIOR_INTERVALS / np.maximum(normal.num_active[columns // KINDS], PRIOR_INTERVALS)
-        lower = np.linalg.cholesky(cosines + np.diag(ridge))
-        target = np.linalg.solve(lower, moment + ridge * priors[columns] * scale)
-        solution = _nnls(lower.T, target)
-        if solution is None:
-            return None
+        solution = non_negative(cosines + np.diag(ridge), moment + ridge * priors[columns] * scale)
         explained = 2 * solution @ moment - solution @ cosines @ solution
         degrees = max(1.0, normal.num_intervals - len(columns))
         variance = max(0.0, normal.energy_squares - float(explained)) / degrees
@@ -215,27 +209,45 @@ def _tuple_of(coefficients: Coefficients) -> tuple[float, float, float]:
     return coefficients.step_mj, coefficients.prefill_mj_per_token, coefficients.decode_mj_per_token
 
 
-def _nnls(matrix: np.ndarray, target: np.ndarray) -> np.ndarray | None:
-    """The non-negative least-squares solution; None in the rare case that it does not converge."""
-    # Late: half a second, and a daemon without a meter never needs it.
-    from scipy.optimize import nnls
+def non_negative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """The x >= 0 that minimises x'Gx - 2m'x, G positive definite: Lawson and Hanson's active sets, on normal equations.
 
-    try:
-        solution, _ = nnls(matrix, target)
-    except RuntimeError as error:
-        _log.warning("energy_fit_failed", error=str(error))
-        return None
-    return np.asarray(solution)
+    As Bro and De Jong do it (Journal of Chemometrics 11, 1997). Not scipy's: importing `scipy.optimize` takes 0.75 s,
+    which on a thread would hold the loop, and before the sockets are bound would delay every start.
+    """
+    size = len(moment)
+    solution = np.zeros(size)
+    passive = np.zeros(size, dtype=bool)
+    tolerance = 1e-12 * float(np.abs(moment).max(initial=1e-300))
+    for _ in range(3 * size):
+        gradient = np.where(passive, -np.inf, moment - gram @ solution)
+        best = int(np.argmax(gradient))
+        if gradient[best] <= tolerance:
+            break
+        passive[best] = True
+        while passive.any():
+            trial = np.zeros(size)
+            trial[passive] = np.linalg.solve(gram[np.ix_(passive, passive)], moment[passive])
+            negative = passive & (trial <= 0.0)
+            if not negative.any():
+                solution = trial
+                break
+            # As far towards it as nothing turns negative; what arrives at zero leaves the set.
+            steps = solution[negative] / (solution[negative] - trial[negative])
+            solution = solution + steps.min() * (trial - solution)
+            passive &= solution > tolerance
+            solution[~passive] = 0.0
+    return solution
 
 
 class Fitting:
     """Keeps the coefficients of a running daemon, or of a simulated one, up to date."""
 
-    def __init__(self, ledger: Ledger, offload: Offload, clock: Clock, model: EnergyModel) -> None:
+    def __init__(self, ledger: Ledger, offload: Offload, clock: Clock) -> None:
         self._ledger = ledger
         self._offload = offload
         self._clock = clock
-        self._model = model
+        self._model = EnergyModel(ledger.coefficients)
         self.latest: Fit | None = None
 
     async def run(self, post: Callable[[e.Event], None]) -> None:

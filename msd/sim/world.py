@@ -29,6 +29,7 @@ from msd.engine.sim import SimEngine
 from msd.engine.tokens import SimTokenizer
 from msd.errors import EngineStartError
 from msd.ingress.accept import Acceptor
+from msd.learning.energy_model import Fitting
 from msd.sim.checks import Checks
 from msd.sim.digest import Digest
 from msd.sim.faults import FaultyProbe, InlineOffload, SimJournal
@@ -179,6 +180,7 @@ class World:
             await journal.start(dispatcher)
             running = tasks.create_task(pool.run())
             ticker = tasks.create_task(self._tick(dispatcher))
+            fitting = tasks.create_task(Fitting(self._scheduler.ledger, InlineOffload(), loop).run(dispatcher.post))
             producers = self._make_traffic(
                 dispatcher, weather, self._num_requests, self._chance("producers"), self._checks
             )
@@ -201,6 +203,7 @@ class World:
             self._checks.expect("liveness", stopped, "the engines did not stop within {} s", STOP_LIMIT_S)
             await running
             ticker.cancel()
+            fitting.cancel()
 
     async def _quiet(self, dispatcher: Dispatcher) -> None:
         """Wait until nothing is open; faults are over by now, so this must come to an end."""
