@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from statistics import fmean
 from typing import Final, Literal
 
 from msgspec import structs
@@ -99,12 +98,12 @@ def cost(
 
     `known_lengths` False: the request's length class is unseen too, and half its cap is expected.
     """
-    policy = make_policy(PolicyConfig(name="cost", cost=config), list(MODES.values()))
+    by = make_policy(PolicyConfig(name="cost", cost=config), list(MODES.values()))
     modes = {}
     for family in matrix.families:
         features = features_of(matrix, family, known_lengths=known_lengths)
         candidates = candidates_of(matrix, family, features, gate=gate, revealed=revealed)
-        modes[family] = choose(policy, features, candidates)
+        modes[family] = choose(by, features, candidates)
     notes = [
         f"latency_weight {config.latency_weight:g}, energy_weight {config.energy_weight:g}, "
         f"energy_ratio_max {config.energy_ratio_max:g}"
@@ -119,9 +118,19 @@ def cost(
     return matrix.score(name, modes, without=_WITHOUT[gate], note="; ".join(notes))
 
 
-def choose(policy: Policy, features: Features, candidates: Sequence[Candidate]) -> str:
+def policy(matrix: Matrix, name: str, by: Policy, gate: Gate = "measured", *, trained_on_these: bool = False) -> Score:
+    """Any policy over MODES, with candidates predicted from the other families. `trained_on_these`: not held out."""
+    modes = {}
+    for family in matrix.families:
+        features = features_of(matrix, family)
+        modes[family] = choose(by, features, candidates_of(matrix, family, features, gate=gate))
+    note = "trained on these families: NOT held out" if trained_on_these else ""
+    return matrix.score(name, modes, without=_WITHOUT[gate], note=note)
+
+
+def choose(by: Policy, features: Features, candidates: Sequence[Candidate]) -> str:
     """The name of the mode that a policy picks of the candidates, which are in the order of MODES."""
-    return candidates[policy.choose(features, candidates, Random(0)).arm].mode
+    return candidates[by.choose(features, candidates, Random(0)).arm].mode
 
 
 def features_of(matrix: Matrix, family: str, *, known_lengths: bool = True) -> Features:
@@ -250,8 +259,3 @@ def _live(matrix: Matrix) -> Score:
         least_of_oracle=None,
         regret=None,
     )
-
-
-def mean_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Mean absolute relative error."""
-    return fmean(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))

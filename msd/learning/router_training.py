@@ -13,18 +13,24 @@ fitted to the same rows (`lines`); the rows themselves count more. A family that
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from math import log
 from random import Random
+from statistics import fmean
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 from msgspec import Struct, structs
 
-from msd.domain import Features, Mode
+from msd.domain import Features, Mask, Mode
+from msd.errors import ConfigError
 from msd.learning.lines import ModeLines
 from msd.learning.matrix import ENERGY_RATIO_MAX, MODES, REFERENCE, Matrix, Score
+from msd.learning.off_policy import Trial, evaluate
 from msd.learning.replay import Gate, candidates_of, choose, features_of, fitted
+from msd.policy.cost import reference_arms
 from msd.policy.learned import FEATURES, Learned, vector
 from msd.router_file import SCHEMA, HeldOut, Kind, ModeScorer, Router, Tree
 
@@ -38,9 +44,6 @@ SEED: Final = 0
 FOREST_TREES: Final = 8
 BOOSTING_TREES: Final = 20
 BOOSTING_RATE: Final = 0.3
-
-Progress = Callable[[int, int, str], None]
-"""Told (done, total, what is next)."""
 
 
 class Example(Struct, frozen=True):
@@ -115,7 +118,7 @@ def held_out_matrix(
     gate: Gate = "measured",
     num_drawn: int = NUM_DRAWN,
     seed: int = SEED,
-    on_family: Callable[[str], None] = lambda family: None,
+    on_family: Callable[[str], None] = lambda without: None,
 ) -> Score:
     """Leave one family out: a router for each, trained on the others, judged behind the mask of the gate."""
     chosen = {}
@@ -125,21 +128,33 @@ def held_out_matrix(
         scorers = train(kind, matrix_examples(matrix, others, num_drawn=num_drawn, seed=seed), list(MODES.values()))
         features = features_of(matrix, family)
         candidates = candidates_of(matrix, family, features, gate=gate)
-        chosen[family] = choose(_policy(kind, scorers), features, candidates)
+        chosen[family] = choose(_policy(kind, scorers, list(MODES.values())), features, candidates)
     note = f"{num_drawn} drawn requests beside the families, seed {seed}" if num_drawn else "the families alone"
     return matrix.score(kind, chosen, without="gptq" if gate == "no_gptq" else "", note=note)
 
 
-def matrix_router(
-    matrix: Matrix, kind: Kind, score: Score, *, created: str, command: str, versions: dict[str, str]
-) -> Router:
-    """The router to serve with: trained on all families. `score`: what its kind reached on those held out."""
-    examples = matrix_examples(matrix, matrix.families)
+def held_out(score: Score) -> HeldOut:
+    """A score of all families, as router files carry it."""
     means = score.means
-    assert means.f11_speedup is not None
-    assert score.regret is not None
-    assert score.oracle_match is not None
-    assert score.violations is not None
+    assert means.f11_speedup is not None, "a family is missing"
+    assert score.regret is not None, "an unjudged score"
+    assert score.oracle_match is not None, "an unjudged score"
+    return HeldOut(
+        unit="families",
+        num_judged=len(score.modes),
+        speedup=means.f11_speedup,
+        energy_ratio=means.f11_energy,
+        regret=score.regret,
+        oracle_match=score.oracle_match,
+        num_violations=len(score.violations or ()),
+    )
+
+
+def matrix_router(
+    matrix: Matrix, kind: Kind, reached: HeldOut, *, created: str, command: str, versions: dict[str, str]
+) -> Router:
+    """The router to serve with: trained on all families. `reached`: by its kind, on families held out."""
+    examples = matrix_examples(matrix, matrix.families)
     return Router(
         schema=SCHEMA,
         kind=kind,
@@ -151,19 +166,98 @@ def matrix_router(
         num_examples=len(examples),
         features=FEATURES,
         modes=train(kind, examples, list(MODES.values())),
-        held_out=HeldOut(
-            unit="families",
-            num_judged=len(matrix.families),
-            speedup=means.f11_speedup,
-            energy_ratio=means.f11_energy,
-            regret=score.regret,
-            oracle_match=score.oracle_match,
-            num_violations=len(score.violations),
-        ),
+        held_out=reached,
     )
 
 
-def _policy(kind: Kind, scorers: tuple[ModeScorer, ...]) -> Learned:
+# --- our own decision log ---------------------------------------------------------------------------------------------
+
+LEAST_TRIALS: Final = 20
+"""Fewer decisions cannot be halved into something to learn from and something to judge by."""
+
+
+def log_examples(log: Sequence[Trial]) -> list[Example]:
+    """Every decision: of the mode that served what was measured, of the others what was predicted without their queues.
+
+    Modes that were masked for good are left out: nobody knows what they would have gained.
+    """
+    made = []
+    references = {modes: reference_arms(modes) for modes in dict.fromkeys(trial.modes for trial in log)}
+    for trial in log:
+        candidates, gains = trial.decision.candidates, {}
+        times = [c.e2el_ms - c.queue_ms for c in candidates]
+        if (measured_ms := trial.e2el_ms) is not None:
+            times[trial.arm] = measured_ms
+        for arm, (c, e2el_ms) in enumerate(zip(candidates, times, strict=True)):
+            base_arm = references[trial.modes][arm]
+            base, base_ms = candidates[base_arm], times[base_arm]
+            if c.mask & ~int(Mask.SLOTS) or e2el_ms <= 0 or base_ms <= 0:
+                continue
+            ratio = c.energy_mj / base.energy_mj if c.energy_mj and base.energy_mj else None
+            gains[c.mode] = gain(e2el_ms, base_ms, ratio)
+        if gains:
+            made.append(Example(trial.decision.features, gains))
+    return made
+
+
+def held_out_log(log: Sequence[Trial], kind: Kind) -> HeldOut:
+    """Train on the earlier half, judge on the later one. Raises ConfigError: too little, or nothing to learn."""
+    if len(log) < LEAST_TRIALS:
+        raise ConfigError(
+            f"the log holds {len(log)} decisions; a router needs {LEAST_TRIALS} at least",
+            remedy="let the daemon serve more requests, or train on the published matrix: `msd train-router --matrix`",
+        )
+    half = len(log) // 2
+    scorers = _train_on_log(log[:half], kind)
+    later = log[half:]
+    score = evaluate(kind, lambda modes: _policy(kind, scorers, modes), later)
+    return HeldOut(
+        unit="decisions",
+        num_judged=len(later),
+        speedup=score.speedup or 1.0,
+        energy_ratio=score.energy_ratio,
+        regret=score.regret,
+        oracle_match=score.oracle_match,
+        num_violations=score.num_energy_violations,
+    )
+
+
+def log_router(
+    log: Sequence[Trial], kind: Kind, reached: HeldOut, *, created: str, command: str, versions: dict[str, str]
+) -> Router:
+    """The router to serve with: trained on the whole log."""
+    simulated = any(mode.simulated for trial in log for mode in trial.modes)
+    return Router(
+        schema=SCHEMA,
+        kind=kind,
+        created=created,
+        command=command,
+        versions=versions,
+        source="decision log of this daemon" + (", SIMULATED engines" if simulated else ""),
+        data_hash=_digest(log),
+        num_examples=len(log),
+        features=FEATURES,
+        modes=_train_on_log(log, kind),
+        held_out=reached,
+    )
+
+
+def _train_on_log(log: Sequence[Trial], kind: Kind) -> tuple[ModeScorer, ...]:
+    modes = list({mode.name: mode for trial in log for mode in trial.modes}.values())
+    scorers = train(kind, log_examples(log), modes)
+    if not scorers:
+        raise ConfigError("the log holds no prediction of any mode", remedy="let the daemon serve some requests first")
+    return scorers
+
+
+def _digest(log: Sequence[Trial]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for trial in log:
+        digest.update(msgspec.json.encode((trial.decision, trial.observation)))
+    return digest.hexdigest()
+
+
+def _policy(kind: Kind, scorers: tuple[ModeScorer, ...], modes: Sequence[Mode]) -> Learned:
     """The scorers as the policy that will serve with them: training and serving run the same arithmetic."""
     nothing = HeldOut(
         unit="", num_judged=0, speedup=0.0, energy_ratio=None, regret=0.0, oracle_match=0.0, num_violations=0
@@ -181,7 +275,7 @@ def _policy(kind: Kind, scorers: tuple[ModeScorer, ...]) -> Learned:
         modes=scorers,
         held_out=nothing,
     )
-    return Learned.of(router, list(MODES.values()))
+    return Learned.of(router, modes)
 
 
 # --- the learners -----------------------------------------------------------------------------------------------------
@@ -199,7 +293,9 @@ def _logistic(examples: Sequence[Example], modes: Sequence[Mode]) -> tuple[ModeS
     from sklearn.linear_model import LogisticRegression
 
     width = len(FEATURES) + 1
-    rows, wins, weights = [], [], []
+    rows: list[Any] = []
+    wins: list[bool] = []
+    weights: list[float] = []
     for example in examples:
         x = np.array([1.0, *vector(example.features)])
         present = [(index, example.gains[m.name]) for index, m in enumerate(modes) if m.name in example.gains]
@@ -210,18 +306,24 @@ def _logistic(examples: Sequence[Example], modes: Sequence[Mode]) -> tuple[ModeS
                     continue
                 row = np.zeros((len(modes), width))
                 row[i], row[j] = x, -x
-                # Both ways round: the model has no side that it prefers, and no intercept to prefer it with.
-                rows += [row.ravel(), -row.ravel()]
-                wins += [stake > 0, stake < 0]
-                weights += [example.weight * abs(stake)] * 2
-    if not rows:
-        return tuple(_scorer(mode, base=0.0) for mode in modes)
+                # Every other pair the other way round: the model has no intercept, and so no side that it prefers.
+                flipped = len(rows) % 2 == 1
+                rows.append(-row.ravel() if flipped else row.ravel())
+                wins.append((stake > 0) is not flipped)
+                weights.append(2.0 * example.weight * abs(stake))
+    if len(set(wins)) < 2:
+        # One pair at most: there is nothing to fit, and the mean gains rank.
+        return tuple(_scorer(mode, base=_mean_gain(examples, mode)) for mode in modes)
     model = LogisticRegression(C=10.0, fit_intercept=False, max_iter=5_000)
     model.fit(np.array(rows), np.array(wins), sample_weight=np.array(weights))
     learnt = model.coef_.reshape(len(modes), width)
     return tuple(
         _scorer(mode, base=float(w[0]), weights=tuple(map(float, w[1:]))) for mode, w in zip(modes, learnt, strict=True)
     )
+
+
+def _mean_gain(examples: Sequence[Example], mode: Mode) -> float:
+    return fmean(example.gains[mode.name] for example in examples if mode.name in example.gains)
 
 
 def _regression(kind: Kind, examples: Sequence[Example], mode: Mode) -> ModeScorer:

@@ -32,7 +32,7 @@ class Cost:
         self._per_late_ms = cost.slo_weight * 1e-3
         self._tie = 1.0 + cost.tie
         self._energy_max = cost.energy_ratio_max
-        self._reference = _references(modes)
+        self._reference = reference_arms(modes)
 
     def choose(self, features: Features, candidates: Sequence[Candidate], rng: Random) -> Choice:
         """The cheapest arm; within the tie, the session's own mode, then the emptier engine."""
@@ -96,7 +96,7 @@ class Cost:
         """No state."""
 
 
-def _references(modes: Sequence[Mode]) -> tuple[int, ...]:
+def reference_arms(modes: Sequence[Mode]) -> tuple[int, ...]:
     """Per arm the reference mode of its model; itself where the model has none."""
     first: dict[str, int] = {}
     for arm, mode in enumerate(modes):

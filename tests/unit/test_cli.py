@@ -205,7 +205,7 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
 
 def test_the_reference_page_names_every_command_and_option_and_no_other() -> None:
     page = (ROOT / "docs" / "reference" / "cli.md").read_text()
-    parts = re.split(r"^## msd (\w+)$", page, flags=re.MULTILINE)
+    parts = re.split(r"^## msd ([\w-]+)$", page, flags=re.MULTILINE)
     documented = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert set(documented) == set(subparsers())
     for name, parser in subparsers().items():
