@@ -191,9 +191,8 @@ def test_vllm_knows_every_method_of_quantisation_in_the_catalogue() -> None:
 
 def on(capability: tuple[int, int] | None, **fields: Any) -> Host:
     gpus = (InstalledGpu(index=0, uuid="GPU-1", name="Card", compute_capability=capability),) if capability else ()
-    return Host(
-        **({"cpu": "c", "num_cores": 2, "memory_bytes": 1, "vllm": "1", "platform": "gpu", "gpus": gpus} | fields)
-    )
+    made = Host(cpu="c", num_cores=2, memory_bytes=1, vllm="1", platform="gpu", gpus=gpus)
+    return msgspec.structs.replace(made, **fields)
 
 
 def test_a_host_says_why_not() -> None:
@@ -329,7 +328,7 @@ def test_simulated_engines_that_take_turns_need_not_fit_together() -> None:
         for n in range(2)
     )
     text = '[telemetry]\nsim_memory_bytes = 100\n[[model]]\nname = "m"\n' + engines
-    assert parse(text.format("auto", "auto"), file="c", base_dir=Path())
+    assert len(parse(text.format("auto", "auto"), file="c", base_dir=Path()).engine) == 2
     with pytest.raises(InvalidConfigError, match=r"e0 60 \+ e1 60"):
         parse(text.format("always", "auto"), file="c", base_dir=Path())
 
