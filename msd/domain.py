@@ -223,8 +223,12 @@ class Candidate(Struct, frozen=True):
     """Of its prompt, likely in this mode's prefix cache."""
 
 
+YIELD = -1
+"""No arm: the policy lets a request wait behind all those of which it has not said so. Only while something runs."""
+
+
 class Choice(Struct, frozen=True):
-    """A policy's answer: index into the candidates, the probability with which it was drawn, and one line why."""
+    """A policy's answer: index into the candidates or YIELD, the probability with which it was drawn, one line why."""
 
     arm: int
     propensity: float

@@ -4,7 +4,8 @@ The model, which every figure that comes from here is labelled with (`simulated`
 
 - **Compute** is shared equally by the engines that are busy (processor sharing, as time-slicing between processes does
   it): with k busy engines each works at 1/k of its speed alone. Shares sum to 1 while anything is busy, exactly.
-- **Memory** is a book of weights per engine; what does not fit is refused.
+- **Memory** is a book of weights per engine; what does not fit is refused. A sleeping engine has none there. Somebody
+  else may take memory too (`squeeze`): whatever is free, until they have what they want.
 - **Power** is `idle_w` plus what the work in hand draws: an engine states the energy (mJ) of a piece of work, which is
   spent evenly over that work. Ramps and sensor lag are not modelled.
 - **The counter** shows whole mJ and steps every 20 to 100 ms, period and phase drawn from the seed, as NVML's does.
@@ -47,6 +48,8 @@ class SimGpu:
         self.memory_bytes = memory_bytes
         self.idle_w = idle_w
         self._weights: dict[str, int] = {}
+        self._others_bytes = 0
+        self._others_want_bytes = 0
         self._listeners: dict[str, Callable[[], None]] = {}
         self._busy: dict[str, _Work] = {}
         self._now_us = float(now_us)
@@ -63,8 +66,17 @@ class SimGpu:
 
     @property
     def memory_used_bytes(self) -> int:
-        """Weights of all attached engines."""
-        return sum(self._weights.values())
+        """Weights of all attached engines, and what somebody else took."""
+        return sum(self._weights.values()) + self._others_bytes
+
+    def squeeze(self, wanted_bytes: int) -> None:
+        """Somebody else wants this much from now on; what engines hold they get when it is freed. 0: they leave."""
+        self._others_want_bytes = wanted_bytes
+        self._let_others_take()
+
+    def _let_others_take(self) -> None:
+        free = self.memory_bytes - sum(self._weights.values())
+        self._others_bytes = min(self._others_want_bytes, free)
 
     def attach(self, engine: str, weights_bytes: int, on_share_changed: Callable[[], None]) -> bool:
         """Book an engine's weights; False when they do not fit. The callback: its work is due at another time now."""
@@ -79,6 +91,7 @@ class SimGpu:
         """Drop an engine's work and free its memory. Idempotent."""
         self.end_work(engine, now_us)
         self._weights.pop(engine, None)
+        self._let_others_take()
         self._listeners.pop(engine, None)
 
     def start_work(self, engine: str, work_us: float, energy_mj: float, now_us: int) -> int:

@@ -87,6 +87,7 @@ def gather(
         idle_with_backlog_s=scheduler.idle_with_backlog_us / 1e6,
         engines=tuple(_engine(identity, scheduler, engine, now_us) for engine in engines),
         modes=_modes(scheduler),
+        residency={} if scheduler.residency is None else structs.asdict(scheduler.residency.figures()),
         gpu=gpu,
         energy=tuple(_ledger(scheduler.ledger, accounts, now_us) for accounts in scheduler.ledger.accounts()),
         coefficients=_coefficients(scheduler, fit),
@@ -97,6 +98,11 @@ def gather(
 def _engine(identity: Identity, scheduler: Scheduler, engine: EngineStatus, now_us: int) -> EngineReport:
     books = [book for book in scheduler.fleet.books if book.mode.engine == engine.engine]
     info = books[0].info
+    residency, residence = "always", "resident"
+    if scheduler.residency is not None and scheduler.residency.may_move(engine.engine):
+        residency = "auto"
+        residence, moving = scheduler.residency.residence_of(engine.engine)
+        residence += f" ({moving})" if moving else ""
     return EngineReport(
         engine=engine.engine,
         model=identity.models[engine.engine],
@@ -111,6 +117,8 @@ def _engine(identity: Identity, scheduler: Scheduler, engine: EngineStatus, now_
         num_starts=engine.num_starts,
         pids=engine.pids,
         last_error=engine.last_error,
+        residency=residency,
+        residence=residence,
     )
 
 

@@ -335,6 +335,10 @@ class EngineReport(Struct, frozen=True, kw_only=True):
     num_starts: int = 0
     pids: tuple[int, ...] = ()
     last_error: str = ""
+    residency: str = "always"
+    """`auto`: msd may put it to sleep, stop it and bring it back."""
+    residence: str = ""
+    """resident, asleep or cold; with ` (leaving)` or ` (coming)` while it is on its way."""
 
 
 class CertificateReport(Struct, frozen=True, kw_only=True):
@@ -462,6 +466,8 @@ class DaemonStatus(Struct, frozen=True, kw_only=True):
     """The newest GPU view, with `age_s`; None where nothing is probed."""
     energy: tuple[LedgerReport, ...] = ()
     coefficients: tuple[CoefficientReport, ...] = ()
+    residency: dict[str, float] = {}
+    """What the planner has done: num_switches, num_moved_requests, transition_s and more. Empty: nothing may move."""
     throttled_s: dict[str, float] = {}
     """How long the GPU's clocks were held down, by reason."""
 

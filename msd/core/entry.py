@@ -7,6 +7,10 @@ from enum import IntEnum
 from msd.domain import Decision, Request
 
 
+YIELDING = -2
+"""In place of the mode that a request is parked for: it lets others go first, as the policy wants it."""
+
+
 class Phase(IntEnum):
     """Where a request stands. Each open request is in exactly one of them."""
 
@@ -68,7 +72,7 @@ class Entry:
         self.falls_back = False
         """Quality forbids every mode, and the configuration has the reference serve it all the same."""
         self.parked = -1
-        """Mode that the policy chose although it was full, or that it runs on; -1 = undecided."""
+        """Mode that the policy chose although it was full, or that it runs on; -1 = undecided; YIELDING."""
         self.held_at = -1
         """`Fleet.num_changes` when memory last held it back: until that moves there is no need to ask again."""
         self.num_held = 0

@@ -8,8 +8,9 @@ keeps a quality-safe mode of every model, and moves from S to S' only if, on the
 V is the cost of serving the present traffic (`core/worth.py`); H is the horizon, or how long a mix has lasted so far;
 K is what the move costs: requests that wait for it, the detour of the others, and the copying. A set stays for a dwell,
 no engine goes back where it came from within two, and h doubles whenever that was wanted (modeswitch spec, section 7).
-An engine that died, a mode that was revoked, or memory that somebody else took need no gain and no dwell; only the one
-transition at a time holds for them too. The lost prefix cache and idle watts are not in K: neither is known here.
+An engine that died, a mode that was revoked, or memory that somebody else took need no gain and no dwell, and requests
+that wait for a mode which is not there need no dwell; only the one transition at a time holds for them too. The lost
+prefix cache and idle watts are not in K: neither is known here.
 
 An engine leaves in three steps: nothing is routed to it, its requests end (or are moved after `drain_s`), it goes.
 """
@@ -182,6 +183,8 @@ class Residency:
         self._favoured_us: deque[int] = deque(maxlen=256)
         self._maximal: tuple[tuple[int, ...], int | None, list[int]] = ((), None, [])
         self.history: deque[Move] = deque(maxlen=256)
+        self.first: tuple[str, ...] = ()
+        """What the first plan chose."""
         self._num_plans = 0
         self._num_switches = self._num_emergencies = self._num_moved = self._num_dropped = 0
         self._transition_us = 0
@@ -195,6 +198,10 @@ class Residency:
     def is_leaving(self, engine: str) -> bool:
         """Whether nothing may be routed there any more."""
         return self._moving >= 0 and self._autos[self._moving].name == engine and self._to != "resident"
+
+    def may_move(self, engine: str) -> bool:
+        """Whether the engine is one of those planned for."""
+        return engine in self._index
 
     def is_switching(self, engine: str) -> bool:
         """Whether the engine is on its way by a plan."""
@@ -350,8 +357,7 @@ class Residency:
         if budget.available_bytes is None:
             chosen = everything
         else:
-            traffic = [Class(1.0, 1.0, 256.0, 128.0, self._safe_modes(model)) for model in self._models]
-            worth = self._worth([one for one in traffic if one.eligible], fast=True)
+            worth = self._worth(self._expected_classes(), fast=True)
             best: tuple[bool, float, int] | None = None
             for subset in self._sets(budget, 0):
                 modes = self._modes(subset)
@@ -359,6 +365,17 @@ class Residency:
                 if best is None or key < best:
                     best, chosen = key, subset
         self._adopt(t_us, budget, chosen, "first", 0.0, 0.0)
+
+    def _expected_classes(self) -> list[Class]:
+        """Traffic to begin with, when none has come: of each model, some for any mode and some for its best."""
+        classes = []
+        for model in self._models:
+            safe = self._safe_modes(model)
+            books = [(i, book) for i, book in enumerate(self._fleet.books) if book.mode.model == model]
+            highest = max((book.mode.quality or 0.0 for _, book in books), default=0.0)
+            best = sum(1 << i for i, book in books if (book.mode.quality or 0.0) >= highest)
+            classes += [Class(1.0, 1.0, 256.0, 128.0, safe), Class(0.2, 0.2, 256.0, 128.0, best & safe or safe)]
+        return [one for one in classes if one.eligible]
 
     def _plan(self, t_us: int, view: GpuView | None) -> None:
         """Look whether another set is worth the move."""
@@ -373,9 +390,9 @@ class Residency:
         is_unsafe = not self._is_safe(self._modes(serving)) and self._is_safe(self._modes((1 << len(self._autos)) - 1))
         if fast.is_idle and not (is_over or is_unsafe):
             return
-        is_emergency = is_over or is_unsafe or bool(dead)
+        starving = fast.starving(self._modes(serving))
         sets = self._ranked(fast, budget, serving)
-        self._note_favourite(t_us, sets, fast, serving)
+        self._note_favourite(t_us, sets, fast, budget)
         slow = self._worth(classes, fast=False, waiting=waiting)
         now_costs, slow_now_costs = fast.of(self._modes(serving)), slow.of(self._modes(serving))
         life_s = min(self._config.horizon_s, self._mix_life_s(t_us))
@@ -384,16 +401,22 @@ class Residency:
             life_s = min(life_s, max(self._autos[i].start_s for i in _members(dead)) * 2 + 1.0)
         must = is_over or is_unsafe
         best: tuple[float, int, float, float] | None = None
-        is_regretted = False
+        reason = ""
+        feeds = is_regretted = False
         for costs, subset in sets[:MAX_WEIGHED]:
             after = self._kept(subset, serving, budget)
             if after == serving or (must and not self._is_safe(self._modes(after)) and not is_over):
                 continue
             gain = now_costs - costs
             price = self._price(serving, after, fast, budget)
-            net = life_s * gain - self._config.hysteresis * self._backoff * price
+            feeds = starving > fast.starving(self._modes(after))
+            if must or feeds:
+                # What goes unserved does so for as long as nothing is done.
+                net = self._config.horizon_s * gain - price
+            else:
+                net = life_s * gain - self._config.hysteresis * self._backoff * price
             if must:
-                net = life_s * gain - price
+                pass
             elif dead:
                 if life_s * gain <= price:
                     continue
@@ -401,19 +424,21 @@ class Residency:
                 if net <= 0 or gain < NOISE * now_costs:
                     continue
                 slow_gain = slow_now_costs - slow.of(self._modes(subset))
-                if life_s * slow_gain <= self._config.hysteresis * self._backoff * price:
+                if not feeds and life_s * slow_gain <= self._config.hysteresis * self._backoff * price:
                     continue
                 if self._goes_back(after ^ serving, t_us):
                     is_regretted = True
                     continue
-                if t_us - self._settled_us < self._dwell_needed_us(serving, after):
+                if not feeds and t_us - self._settled_us < self._dwell_needed_us(serving, after):
                     continue
             if best is None or net > best[0]:
                 best = net, after, gain, price
+                reason = "memory" if is_over else "quality" if is_unsafe else "engine lost" if dead else "gain"
+                if reason == "gain" and feeds:
+                    reason = "unserved"
         self._note_regret(t_us, is_regretted)
         if best is not None:
-            reason = "memory" if is_over else "quality" if is_unsafe else "engine lost" if dead else "gain"
-            self._num_emergencies += is_emergency
+            self._num_emergencies += reason != "gain"
             self._adopt(t_us, budget, best[1], reason, best[2], best[3])
 
     def _adopt(self, t_us: int, budget: Budget, after: int, reason: str, gain: float, price: float) -> None:
@@ -449,7 +474,9 @@ class Residency:
                 cold = max(cold, auto.start_s)
         moves.extend((i, "asleep" if away >> i & 1 else "cold") for i in leaving)
         self._moves.extend(moves)
-        if reason != "first":
+        if reason == "first":
+            self.first = tuple(autos[i].name for i in _members(after))
+        else:
             self._num_switches += 1
             self._dwell_us = round(max(self._config.min_dwell_s, COLD_DWELLS * cold) * 1e6)
             self._room_until_us = 0
@@ -481,8 +508,9 @@ class Residency:
     def _slowdown(self, num_others: float) -> float:
         """What other busy engines cost: as learnt, or equal shares of the GPU until that is known."""
         sharing = self._fleet.sharing
-        is_known = sharing.nums[min(len(sharing.nums) - 1, ceil(num_others))] >= LEARNT
-        return sharing.at(num_others) if is_known else 1.0 + num_others
+        if sharing.factors[min(len(sharing.factors) - 1, ceil(num_others))] > 1.0:
+            return sharing.at(num_others)
+        return 1.0 + num_others
 
     def _curve(self, book: ModeBook) -> Curve | None:
         """What is known of a mode: from its requests, else from the profile, else from its warm-up."""
@@ -596,12 +624,12 @@ class Residency:
             self._backoff /= 2
             self._doubled_us = t_us
 
-    def _note_favourite(self, t_us: int, sets: list[tuple[float, int]], worth: Worth, present: int) -> None:
+    def _note_favourite(self, t_us: int, sets: list[tuple[float, int]], worth: Worth, budget: Budget) -> None:
         """Remember when another set became the best one: that is how long a mix lasts."""
         if not sets:
             return
         costs, subset = sets[0]
-        if self._favourite < 0:
+        if self._favourite < 0 or not budget.fits(self._gpu_bytes(self._favourite)):
             self._favourite = subset
         elif subset != self._favourite and costs < (1 - NOISE) * worth.of(self._modes(self._favourite)):
             self._favourite = subset

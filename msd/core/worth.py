@@ -104,6 +104,10 @@ class Worth:
         """Requests a second that none of these modes may serve."""
         return sum(rated[0] for rated in self._classes if not rated[2] & modes)
 
+    def starving(self, modes: int) -> int:
+        """Requests that wait and, with these modes, would go on waiting."""
+        return sum(num for rated, num in zip(self._classes, self._waiting, strict=True) if num and not rated[2] & modes)
+
     def served_of(self, modes: int) -> float:
         """V without what finds no mode."""
         unserved = 0.0
