@@ -133,14 +133,21 @@ class ModeBook:
         )
         return folded
 
-    def wait_ms(self, num_ahead: int, t_us: int) -> float:
-        """Expected wait for a slot of a full mode behind so many: until the next but `num_ahead` has ended."""
-        ends = self.running.ends
-        service_ms = self.estimate.service_ms
+    def wait_ms(self, t_us: int) -> float:
+        """Expected wait for a slot of a full mode: until all that wait for it have one, and one more is free."""
+        ends, num_ahead = self.running.ends, self.num_parked
+        if num_ahead < len(ends):
+            left_us = ends[num_ahead] - t_us
+            if left_us > 0:
+                return left_us * 0.001
+        return self._long_wait_ms(num_ahead, t_us)
+
+    def _long_wait_ms(self, num_ahead: int, t_us: int) -> float:
+        ends, service_ms = self.running.ends, self.estimate.service_ms
         if not ends:
             return service_ms * (num_ahead + 1) / self.num_slots
         rounds, index = divmod(num_ahead, len(ends))
-        left_ms = (ends[index] - t_us) * 1e-3
+        left_ms = (ends[index] - t_us) * 0.001
         if left_ms <= 0.0:
             # Overdue: nobody knows how long, but not longer than it takes in the mean for so many to end.
             left_ms = 0.5 * service_ms * (index + 1) / self.num_slots

@@ -48,7 +48,7 @@ class Router:
         # What sharing the GPU costs: this request, and those that run on other engines.
         num_all, num_busy, slow = fleet.num_running, fleet.num_busy, fleet.sharing.at
         slow_idle, slow_busy = slow(num_busy), slow(num_busy - 1)
-        kept_idle, kept_busy = slow_busy / slow_idle, slow(num_busy - 2) / slow_busy
+        lost_idle, lost_busy = 1.0 - slow_busy / slow_idle, 1.0 - slow(num_busy - 2) / slow_busy
         left_ms = (fleet.end_us - num_all * t_us) * 0.001
         made = []
         some_in_time = False
@@ -73,31 +73,29 @@ class Router:
                 e2el_ms = ttft_ms + tpot_ms * steps
                 # Its neighbours wait while its prompt is read, and each of their steps is longer while both run.
                 beside_left_ms = (beside.end_us - running * t_us) * 0.001
-                steps_beside = beside_left_ms / tpot_ms
-                if steps_beside > running * expected:
-                    steps_beside = running * expected
-                delay_ms = own_ms * running * slow_busy
-                if steps_beside > 0.0:
-                    delay_ms += beside_ms * slow_busy * steps_beside
-                if kept_busy < 1.0:
-                    # The other engines share the GPU with this one for longer, if it outlasts what runs here.
-                    longer_ms = e2el_ms - (beside.ends[-1] - t_us) * 0.001
-                    if longer_ms > 0.0:
-                        others = num_all - running
-                        others_left_ms = left_ms - beside_left_ms - others * (e2el_ms - longer_ms)
-                        delay_ms += _lost_ms(others * longer_ms, others_left_ms, kept_busy)
-                if free <= 0:
-                    queue_ms = 0.0 if book.num_parked or not beside.ends else (beside.ends[0] - t_us) * 0.001
-                    if queue_ms <= 0.0:
-                        queue_ms = book.wait_ms(book.num_parked, t_us)
+                delay_ms = own_ms * running
+                if beside_left_ms > 0.0:
+                    steps_beside = beside_left_ms / tpot_ms
+                    delay_ms += beside_ms * (steps_beside if steps_beside < running * expected else running * expected)
+                delay_ms *= slow_busy
+                if free > 0:
+                    if lost_busy > 0.0:
+                        # The other engines share the GPU with this one for longer, if it outlasts what runs here.
+                        longer_ms = e2el_ms - (beside.ends[-1] - t_us) * 0.001
+                        if longer_ms > 0.0:
+                            others = num_all - running
+                            others_left_ms = left_ms - beside_left_ms - others * (e2el_ms - longer_ms)
+                            delay_ms += _lost_ms(others * longer_ms, others_left_ms, lost_busy)
+                else:
+                    queue_ms = book.wait_ms(t_us)
                     ttft_ms += queue_ms
                     e2el_ms += queue_ms
             else:
                 ttft_ms = (base_ms + own_ms) * slow_idle * ttft_row[cell]
                 tpot_ms *= slow_idle * tpot_row[cell]
                 e2el_ms = ttft_ms + tpot_ms * steps
-                if kept_idle < 1.0:
-                    delay_ms = _lost_ms(num_all * e2el_ms, left_ms, kept_idle)
+                if lost_idle > 0.0:
+                    delay_ms = _lost_ms(num_all * e2el_ms, left_ms, lost_idle)
             if ends_itself:
                 e2el_ms += eos_ms
             if slack_ms is not None:
@@ -161,11 +159,11 @@ class Router:
         )
 
 
-def _lost_ms(shared_ms: float, left_ms: float, kept: float) -> float:
-    """What others lose who keep only this share of their speed: for `shared_ms`, or until they are done."""
-    if left_ms <= 0.0 or kept >= 1.0:
+def _lost_ms(shared_ms: float, left_ms: float, lost: float) -> float:
+    """What others lose who lose this share of their speed: for `shared_ms`, or until they are done."""
+    if left_ms <= 0.0:
         return 0.0
-    while_shared, until_done = shared_ms * (1.0 - kept), left_ms * (1.0 / kept - 1.0)
+    while_shared, until_done = shared_ms * lost, left_ms * lost / (1.0 - lost)
     return while_shared if while_shared < until_done else until_done
 
 
