@@ -52,6 +52,7 @@ class ModeProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     decode_mj_per_token: float | None = None
     gpu_bytes: int = 0
     asleep_bytes: int = 0
+    """GPU memory that it still holds while it sleeps."""
     start_s: float = 0.0
     sleep_s: float | None = None
     wake_s: float | None = None

@@ -22,7 +22,7 @@ from msd.config.problems import nearest
 from msd.errors import EXIT_NO, EXIT_OK, EXIT_TERMINATED, ConfigError, EngineError, EngineStartError
 
 if TYPE_CHECKING:
-    from msd.engine.host import Host, Identity
+    from msd.engine.host import Identity
     from msd.learning.profiling import Plan, Subject
     from msd.profile import ModeProfile, Profile
 
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         energy_s=_energy_s(options.energy_s, simulated),
     )
     host = look(*installed_gpus())
-    work = _Work(options, config, file.parent, plan, host, identity(config, host))
+    work = _Work(options, config, file.parent, plan, identity(config, host))
     work.begin(resume=options.resume)
     try:
         code: int = uvloop.run(work.measure())
@@ -107,7 +107,6 @@ class _Work:
         config: settings.Config,
         base_dir: Path,
         plan: Plan,
-        host: Host,
         where: Identity,
     ) -> None:
         self._out = Path(options.out)
@@ -116,7 +115,6 @@ class _Work:
         self._config = config
         self._base_dir = base_dir
         self._plan = plan
-        self._host = host
         self._where = where
         self._simulated = config.engine[0].kind == "sim"
         self._modes: dict[str, ModeProfile] = {}
@@ -198,7 +196,7 @@ class _Work:
                 recipe=recipe_hash(engine, self._config, self._base_dir),
                 settings=settings_of(engine),
                 max_num_seqs=engine.max_num_seqs,
-                can_sleep=engine.residency == "auto" and (engine.kind == "sim" or self._host.platform == "gpu"),
+                sleep_level=self._config.residency.sleep_level,
             )
             for engine in self._config.engine
         ]

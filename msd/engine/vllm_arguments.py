@@ -86,11 +86,8 @@ def build_arguments(config: EngineConfig, model: str, *, is_cpu: bool, base_dir:
         arguments["enable_sleep_mode"] = True  # on a CPU there is none: the engine is stopped and started instead
     if config.precision == "fp8" and not config.weights:
         arguments["quantization"] = "fp8"  # of bf16 weights, while they are loaded
-    if not is_cpu:
-        if config.preset in PRESETS:
-            arguments |= PRESETS[config.preset].gpu_args
-        if config.residency == "auto":
-            arguments["enable_sleep_mode"] = True
+    if config.preset in PRESETS and not is_cpu:
+        arguments |= PRESETS[config.preset].gpu_args
     known = known_arguments()
     # The bounds of the queue are younger than the oldest vLLM that we run on.
     arguments = {name: value for name, value in arguments.items() if not known or name in known} | config.args

@@ -32,6 +32,8 @@ CELL_LIMIT_S = 60.0
 MAX_REPEATS = 1_000
 NUM_SWEEP = 6
 SMALLEST_SWEEP_TOKENS = 16
+VIEW_S = 0.5
+"""Until a view of the memory is newer than what has just happened (it is read five times a second)."""
 ROOM = 0.9
 """Of the longest context that the largest family may take."""
 NATURAL_TASKS = ("copy", "reverse", "sort")
@@ -99,7 +101,7 @@ class Subject(Struct, frozen=True, kw_only=True):
     recipe: str
     settings: dict[str, object]
     max_num_seqs: int
-    can_sleep: bool = False
+    sleep_level: int = 1
 
 
 def cells_of(plan: Plan, max_model_len: int, max_num_seqs: int) -> tuple[Cell, ...]:
@@ -222,7 +224,8 @@ class Profiler:
             profile = msgspec.structs.replace(
                 profile, eos_step_ms=await self._measure_eos(engine, info, subject.tokenizer, profile)
             )
-            profile = await self._measure_sleep(engine, subject, profile, before_bytes)
+            if info.can_sleep:
+                profile = await self._measure_sleep(engine, subject, profile, before_bytes)
         finally:
             await engine.stop()
         self._on_cell(profile)
@@ -320,23 +323,23 @@ class Profiler:
     async def _measure_sleep(
         self, engine: Engine, subject: Subject, profile: ModeProfile, before_bytes: int | None
     ) -> ModeProfile:
-        """Put it to sleep and wake it, where it can."""
-        sleep, wake = getattr(engine, "sleep", None), getattr(engine, "wake", None)
-        if sleep is None or wake is None or not subject.can_sleep:
-            return profile
+        """Put it to sleep and wake it."""
         began_us = self._clock.now_us()
-        await sleep(1)
+        await engine.sleep(subject.sleep_level)
         asleep_us = self._clock.now_us()
+        await asyncio.sleep(VIEW_S)
         asleep_bytes = self._used_bytes()
-        await wake()
+        woken_from_us = self._clock.now_us()
+        await engine.wake()
         woken_us = self._clock.now_us()
+        left_bytes = 0
+        if asleep_bytes is not None and before_bytes is not None:
+            left_bytes = max(0, asleep_bytes - before_bytes)
         return msgspec.structs.replace(
             profile,
             sleep_s=(asleep_us - began_us) / 1e6,
-            wake_s=(woken_us - asleep_us) / 1e6,
-            asleep_bytes=max(0, asleep_bytes - before_bytes)
-            if asleep_bytes is not None and before_bytes is not None
-            else 0,
+            wake_s=(woken_us - woken_from_us) / 1e6,
+            asleep_bytes=left_bytes,
         )
 
     def _used_bytes(self) -> int | None:

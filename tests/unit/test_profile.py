@@ -128,7 +128,9 @@ def test_the_lines_are_the_simulated_engines_truth(measured: Profile) -> None:
     assert plain.tpot_ms == pytest.approx((9.5, 0.5, 0.0), rel=0.05, abs=1e-6)
     assert plain.start_s == pytest.approx(0.2)
     assert plain.gpu_bytes == 5_000_000_000
-    assert plain.sleep_s is None
+    assert plain.sleep_s == pytest.approx(0.3, rel=0.3)
+    assert plain.wake_s == pytest.approx(0.5, rel=0.3)
+    assert plain.asleep_bytes == 0
 
 
 def test_speculation_shows_in_the_time_per_token(measured: Profile) -> None:
