@@ -30,7 +30,7 @@ FILES_KEPT = 8
 """The log is cut into so many files; the oldest goes as a whole."""
 CLOSE_LIMIT_S = 2.0
 
-_Queued = tuple[int, Request, Decision, None] | tuple[int, None, Decision, Observation]
+_Queued = tuple[Request, Decision, None] | tuple[None, Decision, Observation]
 
 _log = structlog.get_logger(__name__)
 
@@ -68,14 +68,14 @@ class DecisionLog:
     def decided(self, request: Request, decision: Decision) -> None:
         """A request goes to a mode."""
         if len(self._queue) < MAX_QUEUED:
-            self._queue.append((time.time_ns(), request, decision, None))
+            self._queue.append((request, decision, None))
         else:
             self._num_refused += 1
 
     def observed(self, decision: Decision, observation: Observation) -> None:
         """What came of it."""
         if len(self._queue) < MAX_QUEUED:
-            self._queue.append((time.time_ns(), None, decision, observation))
+            self._queue.append((None, decision, observation))
         else:
             self._num_refused += 1
 
@@ -176,14 +176,15 @@ class DecisionLog:
 
 
 def _line(queued: _Queued) -> bytes:
-    t_ns, request, decision, observation = queued
-    t_unix_us = t_ns // 1_000
+    request, decision, observation = queued
+    now_us = time.time_ns() // 1_000
     if request is None:
         assert observation is not None, "neither a decision nor an observation"
-        return encode(Observed(t_unix_us=t_unix_us, request_id=decision.request_id, observation=observation))
+        return encode(Observed(t_unix_us=now_us, request_id=decision.request_id, observation=observation))
     return encode(
         Decided(
-            t_unix_us=t_unix_us,
+            # The loop reads no second clock for the log: decisions carry the monotonic one.
+            t_unix_us=now_us - time.monotonic_ns() // 1_000 + decision.t_us,
             tenant=request.tenant,
             client_request_id=request.client_request_id,
             since_receipt_us=decision.t_us - request.received_us,

@@ -32,7 +32,8 @@ from tests.bench.harness import (
 SUITES = {
     "spine": ("core", "zmq_path", "sim_speed", "soak", "loop_lag", "vllm_path"),
     "modeswitch": (
-        "replay", "learned", "decision", "features", "gate", "residency", "energy", "bursts", "estimator", "cpu_modes",
+        "replay", "learned", "decision", "features", "decision_log", "gate", "residency", "energy", "bursts",
+        "estimator", "cpu_modes",
     ),
 }  # fmt: skip
 """From the quickest to the slowest. Each is a module here with a function `measure(Options) -> list[Row]`."""
