@@ -117,12 +117,12 @@ def test_quick_results_are_marked_lie_apart_and_are_never_written_to_the_page(
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     document = tmp_path / "performance.md"
     written(tmp_path, target="core")
-    assert bench._write_docs(document) == 0
+    assert bench._write_docs(document, "spine") == 0
     assert "## core" in document.read_text()
     document.unlink()
     result = written(tmp_path, quick, "soak")
     assert result.meta.quick
-    assert bench._write_docs(document) == 1
+    assert bench._write_docs(document, "spine") == 1
     assert "soak" in capsys.readouterr().err
     assert not document.exists()
     text = io.StringIO()
@@ -133,7 +133,7 @@ def test_quick_results_are_marked_lie_apart_and_are_never_written_to_the_page(
 def test_a_file_of_another_form_is_refused_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     (tmp_path / "core.json").write_text('{"meta": {"target": "core"}, "rows": []}')
-    assert bench._write_docs(tmp_path / "performance.md") == 1
+    assert bench._write_docs(tmp_path / "performance.md", "spine") == 1
     assert not (tmp_path / "performance.md").exists()
 
 
