@@ -44,6 +44,7 @@ def findings(
     yield from _limits(config)
     yield from _endpoints(config.ingress.zmq)
     yield from _simulated_memory(config)
+    yield from _residency(config)
     if look_at_files:
         yield from _files(config, base_dir)
     if look_at_gate:
@@ -245,6 +246,26 @@ def _simulated_memory(config: Config) -> Iterator[Finding]:
             f"the simulated engines' weights_bytes need {needed:,} ({parts}), {needed - there:,} more than there is"
         )
         yield ("telemetry", "sim_memory_bytes"), there, message
+
+
+def _residency(config: Config) -> Iterator[Finding]:
+    """Simulated engines that may move: each must fit beside those that stay, and leave the reserve free.
+
+    Of a real GPU the memory is not known here; its planner goes by the GPU's view.
+    """
+    there, reserve = config.telemetry.sim_memory_bytes, config.residency.reserve_bytes
+    staying = [engine for engine in config.engine if engine.kind == "sim" and engine.residency == "always"]
+    stay_bytes = sum(engine.gpu_bytes or engine.sim.weights_bytes for engine in staying)
+    for index, engine in enumerate(config.engine):
+        if engine.kind != "sim" or engine.residency != "auto":
+            continue
+        takes = engine.gpu_bytes or engine.sim.weights_bytes
+        if takes + stay_bytes + reserve > there:
+            message = (
+                f"it can never be resident: it takes {takes:,}, the engines that stay {stay_bytes:,} and "
+                f"residency.reserve_bytes {reserve:,}, of telemetry.sim_memory_bytes {there:,}"
+            )
+            yield ("engine", index, "residency"), engine.residency, message
 
 
 def _files(config: Config, base_dir: FilePath) -> Iterator[Finding]:

@@ -319,6 +319,7 @@ class Pool:
                 if slot.wanted != "resident":
                     await self._stay_away(slot)
                     continue
+                slot.wish.clear()
                 started = await self._start(slot)
                 if started is not None:
                     loss = await self._serve(slot, started)

@@ -18,7 +18,7 @@ from msd.config import EngineConfig, SimEngineConfig
 from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, Prompt, Sampling
 from msd.engine.noop import NoopEngine
 from msd.engine.sim import SimEngine
-from msd.errors import EngineLostError, RequestRefusedByEngineError
+from msd.errors import EngineError, EngineLostError, RequestRefusedByEngineError
 from msd.ports import Engine
 from msd.simgpu import SimGpu
 
@@ -203,6 +203,8 @@ def test_real_engine(make: Make) -> None:
         async with started(engine) as info:
             for case in CASES:
                 await case(engine, info)
+            # Without `residency = "auto"`, and on a CPU, vLLM has no sleep: the pool stops such an engine instead.
+            assert not info.can_sleep
 
     asyncio.run(main())
 
@@ -217,6 +219,66 @@ def test_stop_is_idempotent_and_works_before_start(make: Make) -> None:
         await engine.start()
         await engine.stop()
         await engine.stop()
+
+    asyncio.run(main())
+
+
+async def greedy(engine: Engine, request_id: str) -> tuple[int, ...]:
+    chunks = await collect(engine, request_id, Prompt(token_ids=PROMPT_IDS, sampling=STEADY), 12)
+    return tuple(token_id for chunk in chunks for token_id in chunk.token_ids)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("kind", ["noop", "sim"])
+def test_an_engine_that_slept_answers_as_before(make: Make, level: int) -> None:
+    async def main() -> None:
+        engine = make()
+        async with started(engine) as info:
+            assert info.can_sleep
+            before = await greedy(engine, "before")
+            await engine.sleep(level)
+            await engine.wake()
+            assert await greedy(engine, "after") == before
+            await engine.sleep(level)  # and again, for good
+        assert engine.load() == EngineLoad()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["sim"])
+def test_a_sleeping_engine_takes_no_requests_and_can_be_lost(make: Make) -> None:
+    async def main() -> None:
+        engine = make()
+        assert isinstance(engine, SimEngine)
+        await engine.start()
+        lost = asyncio.create_task(engine.lost())
+        await engine.sleep(1)
+        with pytest.raises(EngineLostError, match="sleeps"):
+            await greedy(engine, "r")
+        engine.die(ExitKind.DIED, "killed in its sleep")
+        assert (await lost)[1] == "killed in its sleep"
+        with pytest.raises(EngineError):
+            await engine.wake()
+        await engine.stop()
+
+    asyncio.run(main())
+
+
+def test_a_simulated_engine_cannot_wake_where_others_have_taken_the_memory() -> None:
+    async def main() -> None:
+        clock = RealClock()
+        gpu = SimGpu(memory_bytes=2_500_000_000, idle_w=75.0, rng=Random(0), now_us=clock.now_us())
+        sim = SimEngineConfig(start_s=0.0, sleep_s=0.01, wake_s=0.01)
+        engine = SimEngine(EngineConfig(name="s", model="m", kind="sim", sim=sim), gpu, clock, Random(0))
+        await engine.start()
+        await engine.sleep(1)
+        assert gpu.memory_used_bytes == 0
+        gpu.squeeze(1_000_000_000)
+        with pytest.raises(EngineError, match="1500000000 bytes are free"):
+            await engine.wake()
+        gpu.squeeze(0)
+        await engine.stop()
+        assert gpu.memory_used_bytes == 0
 
     asyncio.run(main())
 

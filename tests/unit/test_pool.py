@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from itertools import pairwise
 from random import Random
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from msd.config import EngineConfig, SimEngineConfig
 from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Residence, Sampling
@@ -69,7 +70,12 @@ class World:
     """One pool over engines `a`, `b`, ... on one simulated GPU. `made` holds every engine object, oldest first."""
 
     def __init__(
-        self, *names: str, start_s: float = 1.0, start_timeout_s: float = 600.0, max_num_seqs: int = 4
+        self,
+        *names: str,
+        start_s: float = 1.0,
+        start_timeout_s: float = 600.0,
+        max_num_seqs: int = 4,
+        may_move: Collection[str] = (),
     ) -> None:
         self.clock = VirtualClock()
         self.sink = RecordingSink(self.clock)
@@ -85,6 +91,7 @@ class World:
             Random(0),
             self.clock,
             start_timeout_s={name: start_timeout_s for name in names},
+            may_move=may_move,
         )
 
     def _factory(self, config: EngineConfig) -> Callable[[], Engine]:
@@ -372,3 +379,203 @@ def test_cancelling_run_stops_the_engines() -> None:
 
     run_virtual(main(), world.clock)
     assert world.gpu.memory_used_bytes == 0
+
+
+# --- engines that may move ------------------------------------------------------------------------------------------
+
+
+async def settle(world: World, name: str, state: str, within_s: float = 60.0) -> None:
+    for _ in range(round(within_s / 0.05)):
+        if next(status.state for status in world.pool.status() if status.engine == name) == state:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{name} did not become {state}: {world.pool.status()}")
+
+
+def test_an_engine_that_may_move_waits_until_it_is_told_and_others_start_at_once() -> None:
+    world = World("a", "b", may_move=("b",))
+
+    async def script() -> None:
+        await asyncio.sleep(5)
+        assert world.sink.of("up") == [("up", "a")]
+        world.pool.transit("b", "resident")
+        await settle(world, "b", "up")
+
+    world.run(script)
+    assert world.sink.of("starting", "up", "asleep", "lost") == [
+        ("starting", "a"),
+        ("up", "a"),
+        ("starting", "b"),
+        ("up", "b"),
+    ]
+
+
+def test_sleep_frees_the_memory_and_wake_takes_it_again_with_the_same_object() -> None:
+    world = World("a", may_move=("a",))
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        assert world.gpu.memory_used_bytes == 10
+        world.pool.transit("a", "asleep")
+        await settle(world, "a", "asleep")
+        await asyncio.sleep(2)
+        assert world.gpu.memory_used_bytes == 0
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        world.pool.submit("r", 1, "a", 4, 0)
+        await asyncio.sleep(2)
+
+    world.run(script)
+    assert world.sink.of("up", "asleep", "lost", "finished") == [
+        ("up", "a"),
+        ("asleep", "a", "asleep"),
+        ("up", "a"),
+        ("finished", "r", 1, "length"),
+    ]
+    assert len(world.made["a"]) == 1
+    assert world.gpu.memory_used_bytes == 0
+
+
+def test_to_go_cold_is_to_be_stopped_and_to_come_back_is_to_start_anew() -> None:
+    world = World("a", may_move=("a",))
+
+    async def script() -> None:
+        for _ in range(2):
+            world.pool.transit("a", "resident")
+            await settle(world, "a", "up")
+            world.pool.transit("a", "cold")
+            await settle(world, "a", "cold")
+        assert world.gpu.memory_used_bytes == 0
+
+    world.run(script)
+    assert len(world.made["a"]) == 2
+    assert world.sink.of("asleep") == [("asleep", "a", "cold")] * 2
+
+
+def test_an_engine_that_cannot_sleep_is_stopped_and_says_cold() -> None:
+    world = World("a", may_move=("a",))
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        slot = world.pool._slots["a"]
+        assert slot.info is not None
+        slot.info = structs.replace(slot.info, can_sleep=False)
+        world.pool.transit("a", "asleep")
+        await settle(world, "a", "cold")
+
+    world.run(script)
+    assert world.sink.of("asleep") == [("asleep", "a", "cold")]
+
+
+@pytest.mark.parametrize("what", ["wake", "answers"])
+def test_an_engine_that_does_not_wake_well_is_replaced(what: str) -> None:
+    world = World("a", may_move=("a",))
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        world.pool.transit("a", "asleep")
+        await asyncio.sleep(5)
+        world.made["a"][0].break_next(what)
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "backoff")
+        await settle(world, "a", "up")
+
+    world.run(script)
+    assert len(world.made["a"]) == 2
+    assert [report[:2] for report in world.sink.of("up", "asleep", "lost")] == [
+        ("up", "a"),
+        ("asleep", "a"),
+        ("lost", "a"),
+        ("up", "a"),
+    ]
+    reason = world.sink.of("lost")[0][3]
+    assert ("gibberish" in reason) == (what == "answers")
+
+
+def test_an_engine_that_fails_to_go_to_sleep_ends_cold_and_says_so_once() -> None:
+    world = World("a", may_move=("a",))
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        world.made["a"][0].break_next("sleep")
+        world.pool.transit("a", "asleep")
+        await settle(world, "a", "cold")
+        assert world.gpu.memory_used_bytes == 0
+
+    world.run(script)
+    assert [report[0] for report in world.sink.of("lost", "asleep")] == ["lost", "asleep"]
+    assert world.sink.of("asleep") == [("asleep", "a", "cold")]
+
+
+def test_one_transition_at_a_time() -> None:
+    world = World("a", "b", may_move=("a", "b"), start_s=3.0)
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        world.pool.transit("b", "resident")
+        await asyncio.sleep(0.1)
+        world.pool.transit("a", "asleep")
+        await settle(world, "b", "up")
+        await settle(world, "a", "asleep")
+        await asyncio.sleep(2)
+
+    world.run(script)
+    ups, asleep = world.sink.when("up"), world.sink.when("asleep")
+    assert asleep[0] > ups[1], "the sleep waits for the start that holds the lock"
+
+
+def test_what_still_runs_on_an_engine_that_leaves_fails_as_lost() -> None:
+    world = World("a", may_move=("a",))
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        world.pool.submit("r", 1, "a", 5_000, 0)
+        await asyncio.sleep(1)
+        world.pool.transit("a", "asleep")
+        await asyncio.sleep(2)
+
+    world.run(script)
+    names = [report[0] for report in world.sink.of("failed", "asleep")]
+    assert names == ["failed", "asleep"]
+    assert world.sink.of("failed") == [("failed", "r", 1, "engine_unavailable", True)]
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.2, 0.45, 1.0])
+def test_a_stop_in_the_middle_of_a_transition_leaves_nothing_behind(after_s: float) -> None:
+    world = World("a", may_move=("a",))
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        world.pool.transit("a", "asleep")
+        await asyncio.sleep(after_s)
+        world.pool.transit("a", "resident")
+        await asyncio.sleep(after_s / 2)
+
+    world.run(script)  # asserts that the pool stops in time
+    assert world.gpu.memory_used_bytes == 0
+    assert {status.state for status in world.pool.status()} == {"stopped"}
+
+
+def test_an_engine_that_dies_in_its_sleep_comes_back_only_when_wanted() -> None:
+    world = World("a", may_move=("a",))
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        world.pool.transit("a", "asleep")
+        await asyncio.sleep(3)
+        world.made["a"][0].die()
+        await asyncio.sleep(200)
+        assert len(world.made["a"]) == 1
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+
+    world.run(script)
+    assert len(world.made["a"]) == 2
