@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
-from msd.core.entry import Entry, Phase
+from msd.core.entry import YIELDING, Entry, Phase
 from msd.domain import SERVICE_CLASSES, ServiceClass
 
 _DEAD_ALLOWED = 64
@@ -25,12 +25,14 @@ _LAG_MOST = 65_536.0
 a mode that was down must not buy every slot of the other modes for as long."""
 Item = tuple[int, int, Entry]
 Kind = tuple[int, int]
-"""Bit set of eligible modes, and the mode parked for (-1: none)."""
+"""Bit set of eligible modes, and the mode parked for (-1: none; YIELDING: it lets others go first)."""
 
 
-def _serves(kind: Kind, free: int, up: int) -> bool:
+def _serves(kind: Kind, free: int, up: int, yielding: bool) -> bool:
     """Whether a mode in `free` may take a request of this kind. Parking ends while the mode is down."""
     eligible, parked = kind
+    if (parked == YIELDING) is not yielding:
+        return False
     if parked >= 0 and up >> parked & 1:
         return bool(free >> parked & 1)
     return bool(eligible & free)
@@ -129,16 +131,19 @@ class FairQueue:
             tenant.queued = True
             heappush(cls.order, (tenant.virtual_time, request.tenant))
 
-    def pop(self, free: int, up: int) -> Entry | None:
-        """Take the next entry, in fair order, that a mode of the bit set `free` may serve; None if there is none."""
+    def pop(self, free: int, up: int, *, yielding: bool = False) -> Entry | None:
+        """Take the next entry, in fair order, that a mode of the bit set `free` may serve; None if there is none.
+
+        Those that let others go first are taken only by calls that ask for them.
+        """
         first: _Class | None = None
         for cls in self._all:
             if cls.live and (first is None or cls.virtual_time < first.virtual_time):
                 for kind in cls.kinds:
-                    if _serves(kind, free, up):
+                    if _serves(kind, free, up, yielding):
                         first = cls
                         break
-        return None if first is None else self._pop_class(first, free, up)
+        return None if first is None else self._pop_class(first, free, up, yielding)
 
     def charge(self, entry: Entry) -> None:
         """The entry that was just popped is served: its class and its tenant pay for its tokens."""
@@ -203,7 +208,7 @@ class FairQueue:
         else:
             del cls.kinds[lane.kind]
 
-    def _pop_class(self, cls: _Class, free: int, up: int) -> Entry | None:
+    def _pop_class(self, cls: _Class, free: int, up: int, yielding: bool) -> Entry | None:
         order = cls.order
         skipped: list[tuple[float, str]] = []
         found: Entry | None = None
@@ -218,7 +223,7 @@ class FairQueue:
                 del cls.tenants[name]
                 cls.present = max(cls.present, tag)
             else:
-                found = self._pop_tenant(cls, tenant, free, up)
+                found = self._pop_tenant(cls, tenant, free, up, yielding)
                 if found is not None:
                     break
                 skipped.append(heappop(order))
@@ -226,11 +231,11 @@ class FairQueue:
             heappush(order, item)
         return found
 
-    def _pop_tenant(self, cls: _Class, tenant: _Tenant, free: int, up: int) -> Entry | None:
+    def _pop_tenant(self, cls: _Class, tenant: _Tenant, free: int, up: int, yielding: bool) -> Entry | None:
         best: Item | None = None
         best_lane: _Lane | None = None
         for lane in tenant.lanes.values():
-            if lane.live and _serves(lane.kind, free, up):
+            if lane.live and _serves(lane.kind, free, up, yielding):
                 head = lane.head()
                 if head is not None and (best is None or head < best):
                     best, best_lane = head, lane

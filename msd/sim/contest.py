@@ -11,7 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from random import Random
 
 import structlog
 from msgspec import Struct, convert
@@ -24,7 +23,6 @@ from msd.sim.truth import (
     BY_NAME,
     CARDS,
     IDLE_W,
-    KV_BYTES_PER_TOKEN,
     LEAST_KV_TOKENS,
     MAX_MODEL_LEN,
     STEP_NOISE,
