@@ -234,11 +234,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _simulated_memory(config: Config) -> Iterator[Finding]:
-    simulated = [engine for engine in config.engine if engine.kind == "sim"]
-    together = [engine for engine in simulated if engine.residency == "always"]
-    # Engines that take turns need room for one at a time.
-    turns = [engine for engine in simulated if engine.residency == "auto"]
-    together += sorted(turns, key=lambda engine: engine.sim.weights_bytes)[-1:]
+    together = [engine for engine in config.engine if engine.kind == "sim" and engine.residency == "always"]
     needed = sum(engine.sim.weights_bytes for engine in together)
     if needed > (there := config.telemetry.sim_memory_bytes):
         parts = " + ".join(f"{engine.name} {engine.sim.weights_bytes:,}" for engine in together)

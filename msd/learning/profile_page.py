@@ -159,17 +159,16 @@ def _draw_by_batch(axes: Any, modes: Sequence[ModeProfile], of: Callable[[Sequen
 
 
 def _draw_transitions(axes: Any, modes: Sequence[ModeProfile]) -> None:
-    height = 0.26
     bars: tuple[tuple[str, Callable[[ModeProfile], float | None]], ...] = (
         ("start", lambda mode: mode.start_s),
         ("sleep", lambda mode: mode.sleep_s),
         ("wake", lambda mode: mode.wake_s),
     )
+    bars = tuple(bar for bar in bars if any(bar[1](mode) is not None for mode in modes))
+    height = 0.8 / len(bars)
     for row, (name, of) in enumerate(bars):
         found = [(index, value) for index, mode in enumerate(modes) if (value := of(mode)) is not None]
-        if not found:
-            continue
-        ys = [index + (row - 1) * height for index, _ in found]
+        ys = [index + (row - (len(bars) - 1) / 2) * height for index, _ in found]
         drawn = axes.barh(ys, [value for _, value in found], height, color=COLOURS[row], label=name)
         axes.bar_label(drawn, fmt="%.2f", padding=3, fontsize=9)
     axes.set_yticks(range(len(modes)), [mode.mode for mode in modes])

@@ -327,10 +327,10 @@ def test_simulated_engines_that_take_turns_need_not_fit_together() -> None:
         f'[[engine]]\nname = "e{n}"\nmodel = "m"\nkind = "sim"\nresidency = "{{}}"\nsim.weights_bytes = 60\n'
         for n in range(2)
     )
-    text = '[telemetry]\nsim_memory_bytes = 100\n[[model]]\nname = "m"\n' + engines
+    text = '[telemetry]\nsim_memory_bytes = 100\n[residency]\nreserve_bytes = 0\n[[model]]\nname = "m"\n' + engines
     assert len(parse(text.format("auto", "auto"), file="c", base_dir=Path()).engine) == 2
-    with pytest.raises(InvalidConfigError, match=r"e0 60 \+ e1 60"):
-        parse(text.format("always", "auto"), file="c", base_dir=Path())
+    with pytest.raises(InvalidConfigError, match=r"e0 60 \+ e1 60\), 20 more than there is"):
+        parse(text.format("always", "always"), file="c", base_dir=Path())
 
 
 def test_check_looks_at_the_host_only_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,3 +339,21 @@ def test_check_looks_at_the_host_only_where_it_matters(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("msd.telemetry.nvml.installed_gpus", never)
     check.check_host(read("", kind="sim"), Path("c.toml"))
+
+
+def test_the_page_of_modes_is_the_catalogue() -> None:
+    text = (ROOT / "docs/reference/modes.md").read_text()
+    rows = {
+        cells[1].strip("` "): [cell.strip() for cell in cells[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("| `") and len(cells := line.split("|")) == 8
+    }
+    assert list(rows) == list(PRESETS)
+    on_cpu = {"none": "no"}
+    for name, (_, bring, gate, gpu, cpu) in rows.items():
+        preset = PRESETS[name]
+        assert gate == ("lossless" if preset.lossless else "needed"), name
+        assert gpu.split()[0] == "{}.{}".format(*preset.min_capability), name
+        assert gpu.endswith("9.x") == (preset.max_capability == (10, 0)), name
+        assert cpu == on_cpu.get(preset.cpu, preset.cpu), name
+        assert (bring == "-") == (not preset.weights and not preset.draft), name
