@@ -13,6 +13,7 @@ from msd.core import commands as c
 from msd.core import events as e
 from msd.core.scheduler import Scheduler
 from msd.domain import EngineInfo, ExitKind, FinishReason, Outcome, Request, Slo
+from msd.gate import ALL_TASKS, SCHEMA, GateFile, GateRow, Verdict, Withdrawal
 
 AnyCommand = TypeVar("AnyCommand", bound=c.Command)
 MAX_MODEL_LEN = 4096
@@ -48,15 +49,68 @@ def make_config(
     return msgspec.convert(document, Config)
 
 
+def gate_of(
+    verdicts: dict[str, dict[str, Verdict]], *, reference: str = "m0", accuracy_low: float = 0.9, **fields: object
+) -> GateFile:
+    """A gate file over modes whose recipe is their name: the verdict per mode and task, and the reference's rows."""
+    tasks = {task for row in verdicts.values() for task in row} | {ALL_TASKS}
+    passed = {reference: dict.fromkeys(tasks, "certified"), **verdicts}
+    rows = tuple(
+        GateRow(
+            mode=mode,
+            recipe=mode,
+            task=task,
+            verdict=verdict,  # type: ignore[arg-type]
+            num_pairs=1_000,
+            num_differ=10,
+            accuracy=0.95,
+            accuracy_low=accuracy_low if mode != reference else 0.97,
+            accuracy_high=0.99,
+            reference_accuracy=0.98,
+            difference=-0.03 if verdict == "revoked" else 0.0,
+            difference_low=-0.04,
+            difference_high=0.01,
+            agreement=1.0,
+        )
+        for mode, row in passed.items()
+        for task, verdict in row.items()
+    )
+    known: dict[str, object] = {
+        "schema": SCHEMA,
+        "created": "",
+        "command": "",
+        "versions": {},
+        "host": "",
+        "model": "toy",
+        "reference": reference,
+        "reference_recipe": reference,
+        "delta": 0.015,
+        "alpha": 0.05,
+        "rows": rows,
+        "checksum": "c",
+    }
+    return GateFile(**{**known, **fields})  # type: ignore[arg-type]
+
+
 class CoreWorld:
     """Answers Append and Complete at once, unless told to hold them; engines run until the test says so.
 
     As in dispatch, an event that a command causes waits until all commands before it are performed.
     """
 
-    def __init__(self, config: Config, *, up: bool = True, kv_capacity_tokens: int = KV_CAPACITY_TOKENS) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        up: bool = True,
+        kv_capacity_tokens: int = KV_CAPACITY_TOKENS,
+        gate: GateFile | None = None,
+        withdrawn: tuple[Withdrawal, ...] = (),
+    ) -> None:
+        """`gate` knows the modes by recipes that are their names."""
         self.config = config
-        self.scheduler = Scheduler.from_config(config, Random(1))
+        recipes = {engine.name: engine.name for engine in config.engine}
+        self.scheduler = Scheduler.from_config(config, Random(1), gate=gate, recipes=recipes, withdrawn=withdrawn)
         self.kv_capacity_tokens = kv_capacity_tokens
         self.t_us = 1_000_000
         self.hold_appends = False
