@@ -35,6 +35,8 @@ PROTOCOL: Final = (
     "from the others. Its quality cells are given to every policy as the gate file: quality violations test the "
     "plumbing, energy violations the estimator."
 )
+ROUNDING: Final = 0.55
+"""Of a unit of the last digit: half of it, and what rounding twice adds."""
 MATRIX_POLICIES: Final = ("cost", "learned", "rules", "fixed", "oracle")
 
 
@@ -269,11 +271,11 @@ def differences(file: Path, rows: Sequence[Score]) -> list[str]:
 
 
 def _expected(cells: Mapping[str, str | list[str]]) -> dict[str, tuple[float | list[str], float]]:
-    """Figures with half a unit of their last digit."""
+    """Figures with how far off they may be."""
     return {
         cell: (wanted, 0.0)
         if isinstance(wanted, list)
-        else (float(wanted), 0.501 * 10.0 ** -len(wanted.partition(".")[2]))
+        else (float(wanted), ROUNDING * 10.0 ** -len(wanted.partition(".")[2]))
         for cell, wanted in cells.items()
     }
 

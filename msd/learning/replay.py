@@ -24,6 +24,7 @@ from msd.ports import Policy
 Gate = Literal["measured", "no_gptq"]
 """Which modes have passed: as the measured cells say, or those without any that GPTQ quantised."""
 _WITHOUT: Final[dict[Gate, str]] = {"measured": "", "no_gptq": "gptq"}
+_SUFFIX: Final[dict[Gate, str]] = {"measured": "", "no_gptq": ", no GPTQ"}
 PROTOCOL_COST: Final = CostConfig(latency_weight=1.0, energy_weight=0.0, energy_ratio_max=1.0)
 """The question that the paper asks: least latency, at no more energy than the reference. Else the defaults."""
 _TAGS: Final = {
@@ -43,10 +44,10 @@ def table(matrix: Matrix) -> list[Score]:
     oracle = {family: matrix.oracle(family, constrained=False) for family in matrix.families}
     constrained = {family: matrix.oracle(family) for family in matrix.families}
     without = {family: matrix.oracle(family, without="gptq") for family in matrix.families}
-    rules = {family: rule(_workload(matrix, family)).mode for family in matrix.families}
-    hidden = {family: rule(_workload(matrix, family, named=False)).mode for family in matrix.families}
+    rules = {family: rule(workload(matrix, family)).mode for family in matrix.families}
+    hidden = {family: rule(workload(matrix, family, named=False)).mode for family in matrix.families}
     bare = {
-        family: rule(_workload(matrix, family, named=False, tagged=False, counted=True)).mode
+        family: rule(workload(matrix, family, named=False, tagged=False, counted=True)).mode
         for family in matrix.families
     }
     return [
@@ -75,15 +76,15 @@ def behind_the_mask(matrix: Matrix, gate: Gate = "measured") -> list[Score]:
 
     fixed = [
         matrix.score(
-            f"best fixed mode + mask ({mode})",
+            f"best fixed mode + mask ({mode}){_SUFFIX[gate]}",
             {family: masked(family, mode) for family in matrix.families},
             without=without,
         )
         for mode in MODES
     ]
     best = max(fixed, key=lambda score: score.means.f11_speedup or 0.0)
-    rules = {family: masked(family, rule(_workload(matrix, family)).mode) for family in matrix.families}
-    return [best, matrix.score("rules + mask", rules, without=without)]
+    rules = {family: masked(family, rule(workload(matrix, family)).mode) for family in matrix.families}
+    return [best, matrix.score(f"rules + mask{_SUFFIX[gate]}", rules, without=without)]
 
 
 def cost(
@@ -115,7 +116,7 @@ def cost(
         name += ", length class unseen"
     if revealed:
         name += ", one row revealed"
-    return matrix.score(name, modes, without=_WITHOUT[gate], note="; ".join(notes))
+    return matrix.score(name + _SUFFIX[gate], modes, without=_WITHOUT[gate], note="; ".join(notes))
 
 
 def policy(matrix: Matrix, name: str, by: Policy, gate: Gate = "measured", *, trained_on_these: bool = False) -> Score:
@@ -125,7 +126,7 @@ def policy(matrix: Matrix, name: str, by: Policy, gate: Gate = "measured", *, tr
         features = features_of(matrix, family)
         modes[family] = choose(by, features, candidates_of(matrix, family, features, gate=gate))
     note = "trained on these families: NOT held out" if trained_on_these else ""
-    return matrix.score(name, modes, without=_WITHOUT[gate], note=note)
+    return matrix.score(name + _SUFFIX[gate], modes, without=_WITHOUT[gate], note=note)
 
 
 def choose(by: Policy, features: Features, candidates: Sequence[Candidate]) -> str:
@@ -218,7 +219,7 @@ def _shape(matrix: Matrix, family: str, mode: str) -> Shape:
     )
 
 
-def _workload(
+def workload(
     matrix: Matrix, family: str, *, named: bool = True, tagged: bool = True, counted: bool = False
 ) -> Workload:
     """The family as the published controller sees it; `counted`: with the real length of its prompt."""

@@ -130,7 +130,12 @@ def held_out_matrix(
         candidates = candidates_of(matrix, family, features, gate=gate)
         chosen[family] = choose(_policy(kind, scorers, list(MODES.values())), features, candidates)
     note = f"{num_drawn} drawn requests beside the families, seed {seed}" if num_drawn else "the families alone"
-    return matrix.score(kind, chosen, without="gptq" if gate == "no_gptq" else "", note=note)
+    return matrix.score(
+        kind + (", no GPTQ" if gate == "no_gptq" else ""),
+        chosen,
+        without="gptq" if gate == "no_gptq" else "",
+        note=note,
+    )
 
 
 def held_out(score: Score) -> HeldOut:
