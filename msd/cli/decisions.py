@@ -97,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             newest.append(episode)
             by_mode[mode].append(episode)
+    log.tell_skipped()
     if not found:
         what = f"decision for mode {options.mode!r}" if options.mode else "decision"
         raise NotInLogError(
@@ -107,7 +108,6 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join([*_listing(rows), "", *_summary(by_mode)]))
         if found > len(rows):
             print(f"the newest {len(rows):,} of {found:,} decisions; --last N shows more")
-    log.tell_skipped()
     return EXIT_OK
 
 
@@ -139,7 +139,8 @@ class Log:
         for error in self._corrupt[:_CORRUPT_SHOWN]:
             terminal.complain(error.message)
         if self._corrupt:
-            terminal.complain(f"{len(self._corrupt)} damaged lines were left out")
+            plural = "s" if len(self._corrupt) > 1 else ""
+            terminal.complain(f"{len(self._corrupt)} damaged line{plural} left out")
 
 
 def _places(config_file: str | None, log: Path | None) -> list[Path]:

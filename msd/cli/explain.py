@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     """Print every attempt of the request; exit 1 when there is none."""
     log = Log(options)
     episodes = find(log, options.request)
+    log.tell_skipped()
     if not episodes:
         raise NotInLogError(
             f"no decision about request {options.request!r} in {log.folder}",
@@ -56,7 +57,6 @@ def run(options: argparse.Namespace) -> int:
         print(msgspec.json.encode({"attempts": [_plain(episode) for episode in episodes]}).decode())
     else:
         print("\n\n".join("\n".join(render(episode)) for episode in episodes))
-    log.tell_skipped()
     return EXIT_OK
 
 
