@@ -381,65 +381,62 @@ class Residency:
         """Look whether another set is worth the move."""
         classes = self._demand.fold(t_us)
         budget = self._budget(view, counted=True)
-        present = self._present()
-        waiting = self._waiting_by(classes)
-        fast = self._worth(classes, fast=True, waiting=waiting)
+        present, dead = self._present(), self._dead()
+        serving = self._modes(present & ~dead)
         is_over = not budget.fits(self._gpu_bytes(present))
-        dead = self._dead()
-        serving = present & ~dead
-        is_unsafe = not self._is_safe(self._modes(serving)) and self._is_safe(self._modes((1 << len(self._autos)) - 1))
+        is_unsafe = not self._is_safe(serving) and self._is_safe(self._modes((1 << len(self._autos)) - 1))
+        urgency = "memory" if is_over else "quality" if is_unsafe else "engine lost" if dead else ""
+        waiting = self._waiting_by(classes)
+        fast = self._worth(classes, fast=True, waiting=waiting, dead=dead)
         if fast.is_idle and not (is_over or is_unsafe):
             return
-        starving = fast.starving(self._modes(serving))
-        sets = self._ranked(fast, budget, serving)
+        slow = self._worth(classes, fast=False, waiting=waiting, dead=dead)
+        now_costs, starving = fast.of(serving), fast.starving(serving)
+        sets = self._ranked(fast, budget, present)
         self._note_favourite(t_us, sets, fast, budget)
-        slow = self._worth(classes, fast=False, waiting=waiting)
-        now_costs, slow_now_costs = fast.of(self._modes(serving)), slow.of(self._modes(serving))
-        life_s = min(self._config.horizon_s, self._mix_life_s(t_us))
-        if dead and not is_over:
-            # What died comes back by itself: longer than that nothing is gained.
-            life_s = min(life_s, max(self._autos[i].start_s for i in _members(dead)) * 2 + 1.0)
-        must = is_over or is_unsafe
-        best: tuple[float, int, float, float] | None = None
-        reason = ""
-        feeds = is_regretted = False
+        life_s = self._mix_life_s(t_us)
+        best: tuple[float, int, str, float, float] | None = None
+        is_regretted = False
         for costs, subset in sets[:MAX_WEIGHED]:
-            after = self._kept(subset, serving, budget)
-            if after == serving or (must and not self._is_safe(self._modes(after)) and not is_over):
+            after = self._kept(subset, present, budget)
+            modes = self._modes(after & ~dead)
+            if after == present or subset & dead or (is_unsafe and not self._is_safe(modes)):
                 continue
-            gain = now_costs - costs
-            price = self._price(serving, after, fast, budget)
-            feeds = starving > fast.starving(self._modes(after))
-            if must or feeds:
-                # What goes unserved does so for as long as nothing is done.
-                net = self._config.horizon_s * gain - price
-            else:
-                net = life_s * gain - self._config.hysteresis * self._backoff * price
-            if must:
-                pass
-            elif dead:
-                if life_s * gain <= price:
-                    continue
-            else:
+            reason = urgency or ("unserved" if starving > fast.starving(modes) else "gain")
+            gain, price = now_costs - costs, self._price(present & ~dead, after, fast, budget)
+            net = self._net(reason, gain, price, life_s, dead)
+            if reason == "engine lost" and net <= 0:
+                continue
+            if not urgency:
                 if net <= 0 or gain < NOISE * now_costs:
                     continue
-                slow_gain = slow_now_costs - slow.of(self._modes(subset))
-                if not feeds and life_s * slow_gain <= self._config.hysteresis * self._backoff * price:
+                if reason == "gain" and self._net(reason, slow.of(serving) - slow.of(modes), price, life_s, 0) <= 0:
                     continue
-                if self._goes_back(after ^ serving, t_us):
+                if self._goes_back(after ^ present, t_us):
                     is_regretted = True
                     continue
-                if not feeds and t_us - self._settled_us < self._dwell_needed_us(serving, after):
+                if reason == "gain" and t_us - self._settled_us < self._dwell_needed_us(present, after):
                     continue
             if best is None or net > best[0]:
-                best = net, after, gain, price
-                reason = "memory" if is_over else "quality" if is_unsafe else "engine lost" if dead else "gain"
-                if reason == "gain" and feeds:
-                    reason = "unserved"
+                best = net, after, reason, gain, price
         self._note_regret(t_us, is_regretted)
         if best is not None:
+            _, after, reason, gain, price = best
             self._num_emergencies += reason != "gain"
-            self._adopt(t_us, budget, best[1], reason, best[2], best[3])
+            self._adopt(t_us, budget, after, reason, gain, price)
+
+    def _net(self, reason: str, gain: float, price: float, life_s: float, dead: int) -> float:
+        """What a move earns over what it costs, by as much as its reason asks for."""
+        match reason:
+            case "gain":
+                return life_s * gain - self._config.hysteresis * self._backoff * price
+            case "engine lost":
+                # What died comes back by itself: longer than that nothing is gained.
+                back_s = max(self._autos[i].start_s for i in _members(dead)) * 2 + 1.0
+                return min(life_s, back_s) * gain - price
+            case _:
+                # What goes unserved does so for as long as nothing is done.
+                return self._config.horizon_s * gain - price
 
     def _adopt(self, t_us: int, budget: Budget, after: int, reason: str, gain: float, price: float) -> None:
         """Line up the moves: who fits comes first, then who has to go. One at a time; sleepers in the way first."""
@@ -494,9 +491,11 @@ class Residency:
 
     # --- what a set is worth -----------------------------------------------------------------------------------------
 
-    def _worth(self, classes: list[Class], *, fast: bool, waiting: Sequence[int] = ()) -> Worth:
+    def _worth(self, classes: list[Class], *, fast: bool, waiting: Sequence[int] = (), dead: int = 0) -> Worth:
+        """`dead`: engines that should be there and are not: their modes serve nothing."""
+        gone = self._modes(dead) & ~self._always
         return Worth(
-            [self._curve(book) for book in self._fleet.books],
+            [None if gone >> i & 1 else self._curve(book) for i, book in enumerate(self._fleet.books)],
             classes,
             self._slowdown,
             fast=fast,
@@ -642,7 +641,8 @@ class Residency:
             favoured.popleft()
         if len(favoured) < 2:
             return self._config.horizon_s
-        return max(MIX_LEAST_S, (favoured[-1] - favoured[0]) * 1e-6 / (len(favoured) - 1))
+        life_s = (favoured[-1] - favoured[0]) * 1e-6 / (len(favoured) - 1)
+        return min(self._config.horizon_s, max(MIX_LEAST_S, life_s))
 
     # --- small things ------------------------------------------------------------------------------------------------
 
