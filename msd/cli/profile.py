@@ -30,6 +30,8 @@ DEFAULT_OUT: Final = "profile.json"
 ENERGY_S: Final = 10.0
 """Modes are compared over windows of at least this; counters step every 10 to 120 ms and lag behind."""
 SIMULATED_ENERGY_S: Final = 1.0
+BUSY: Final = 0.5
+"""Load per core before anything was started."""
 SIMULATED: Final = "SIMULATED: the engines and the GPU follow a stated model; these are not figures of a machine"
 
 
@@ -204,6 +206,9 @@ class _Work:
     def _describe_run(self) -> None:
         if self._simulated:
             say(terminal.paint(SIMULATED, "yellow", stream=sys.stderr))
+        load, num_cores = os.getloadavg()[0], os.cpu_count() or 1
+        if not self._simulated and load > BUSY * num_cores:
+            say(f"this machine is busy: load {load:.1f} on {num_cores} cores; the figures will be worse than it can")
         energy_s = self._plan.energy_s
         if energy_s and not self._simulated and energy_s < ENERGY_S:
             say(f"windows of {energy_s:g} s are short for energy: compare modes over {ENERGY_S:g} s or more")

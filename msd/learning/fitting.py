@@ -15,6 +15,13 @@ WORTH = 0.8
 """A further term stays only if it brings the mean relative error below this share of what it is without."""
 
 
+FAR_MADS = 5.0
+FAR = 0.3
+"""A row is far off beyond this many median errors, and beyond this relative error."""
+ENOUGH_ROWS = 2
+"""Rows that have to be left per column."""
+
+
 class Fit(Struct, frozen=True, kw_only=True):
     """Coefficients, one per column, and the mean relative error over the rows they were fitted to."""
 
@@ -23,7 +30,11 @@ class Fit(Struct, frozen=True, kw_only=True):
 
 
 def fit_relative(rows: Sequence[Row], values: Sequence[float]) -> Fit:
-    """Non-negative coefficients of least squared *relative* error: rows and values are divided by the values (> 0)."""
+    """Non-negative coefficients of least squared *relative* error: rows and values are divided by the values (> 0).
+
+    Rows far off a first fit (something else ran on the device just then) are left out of a second one; the error is
+    that over all rows.
+    """
     import numpy as np
     from scipy.optimize import nnls
 
@@ -35,11 +46,12 @@ def fit_relative(rows: Sequence[Row], values: Sequence[float]) -> Fit:
     scale = np.linalg.norm(weighted, axis=0)  # columns differ a thousandfold
     scale[scale == 0] = 1.0
     solved, _ = nnls(weighted / scale, np.ones(len(y)))
-    coefficients = solved / scale
-    return Fit(
-        coefficients=tuple(float(value) for value in coefficients),
-        mape=float(np.mean(np.abs(x @ coefficients / y - 1))),
-    )
+    errors = np.abs(weighted @ (solved / scale) - 1)
+    near = errors <= max(FAR_MADS * float(np.median(errors)), FAR)
+    if not near.all() and near.sum() >= ENOUGH_ROWS * x.shape[1]:
+        solved, _ = nnls(weighted[near] / scale, np.ones(int(near.sum())))
+        errors = np.abs(weighted @ (solved / scale) - 1)
+    return Fit(coefficients=tuple(float(value) for value in solved / scale), mape=float(np.mean(errors)))
 
 
 def fit_nested(rows: Sequence[Row], values: Sequence[float]) -> Fit:

@@ -31,6 +31,8 @@ CELL_LIMIT_S = 60.0
 """A cell ends with the repeat under way after this long, whatever was asked for."""
 MAX_REPEATS = 1_000
 NUM_SWEEP = 6
+SWEEP_REPEATS = 5
+"""Times as many: answers of one token cost little."""
 SMALLEST_SWEEP_TOKENS = 16
 VIEW_S = 0.5
 """Until a view of the memory is newer than what has just happened (it is read five times a second)."""
@@ -90,6 +92,7 @@ class Run(Struct, frozen=True):
     tokens: tuple[int, ...]
     num_cached_tokens: int
     finish_reason: str
+    ended_us: int = 0
 
 
 class Subject(Struct, frozen=True, kw_only=True):
@@ -221,9 +224,8 @@ class Profiler:
                 self._on_cell(profile)
             self._on_step(subject.mode, "ends of answers, sleep and wake", len(cells), len(cells))
             profile = fitted(profile, self.idle_w)
-            profile = msgspec.structs.replace(
-                profile, eos_step_ms=await self._measure_eos(engine, info, subject.tokenizer, profile)
-            )
+            eos_step_ms = await self._measure_eos(engine, info, subject.tokenizer)
+            profile = msgspec.structs.replace(profile, eos_step_ms=eos_step_ms)
             if info.can_sleep:
                 profile = await self._measure_sleep(engine, subject, profile, before_bytes)
         finally:
@@ -242,11 +244,12 @@ class Profiler:
         # The sweep's answers of one token are for TTFT; what a prompt costs is seen in the families too.
         before = await self._meter.edge() if has_energy and cell.family.name != PREFILL else None
         window_s = self._plan.energy_s if before is not None else 0.0
+        num_repeats = self._plan.num_repeats * (SWEEP_REPEATS if cell.family.name == PREFILL else 1)
         began_us = self._clock.now_us()
         while len(batches) < MAX_REPEATS:
             batches.append(await self._run_batch(engine, cell, self._prompts(rng, tokenizer, cell, shared)))
             elapsed_s = (self._clock.now_us() - began_us) / 1e6
-            enough = len(batches) >= self._plan.num_repeats and elapsed_s >= window_s
+            enough = len(batches) >= num_repeats and elapsed_s >= window_s
             if enough or elapsed_s >= CELL_LIMIT_S:
                 break
         busy_s = (self._clock.now_us() - began_us) / 1e6
@@ -276,7 +279,7 @@ class Profiler:
                     times.append(self._clock.now_us())
                     tokens.append(count)
         ended_us = self._clock.now_us()
-        return Run(sent_us, tuple(times) or (ended_us,), tuple(tokens) or (0,), cached, reason)
+        return Run(sent_us, tuple(times) or (ended_us,), tuple(tokens) or (0,), cached, reason, ended_us)
 
     def _prompts(self, rng: Random, tokenizer: Tokenizer, cell: Cell, shared: tuple[int, ...]) -> list[Prompt]:
         own = cell.family.num_prompt_tokens - len(shared)
@@ -305,20 +308,21 @@ class Profiler:
             self.idle_w = watts if self.idle_w is None else min(self.idle_w, watts)
         return self.idle_w is not None
 
-    async def _measure_eos(self, engine: Engine, info: EngineInfo, tokenizer: Tokenizer, profile: ModeProfile) -> float:
-        """What an answer that ends by itself takes beyond its tokens; 0 when too few did."""
+    async def _measure_eos(self, engine: Engine, info: EngineInfo, tokenizer: Tokenizer) -> float:
+        """What an answer that ends by itself takes beyond the same answer cut off at its length; 0 when too few do."""
         beyond = []
         for number in range(NUM_NATURAL):
             problem = tasks.generate(NATURAL_TASKS[number % len(NATURAL_TASKS)], 2, number)
-            ids = tokenizer.encode(problem.prompt)
-            max_tokens = min(NATURAL_TOKENS, info.max_model_len - len(ids) - 1)
+            prompt = Prompt(token_ids=tokenizer.encode(problem.prompt), sampling=Sampling(temperature=0.0))
+            max_tokens = min(NATURAL_TOKENS, info.max_model_len - len(prompt.token_ids) - 1)
             if max_tokens < 2:
                 break
-            run = await self._run(engine, Prompt(token_ids=ids, sampling=Sampling(temperature=0.0)), max_tokens)
-            if run.finish_reason == "stop" and run.tokens[-1] > 1:
-                decode_ms = (run.times_us[-1] - run.times_us[0]) / 1e3
-                beyond.append(max(0.0, decode_ms - profile.tpot_ms[0] * (run.tokens[-1] - 1)))
-        return median(beyond) if len(beyond) >= ENOUGH_NATURAL else 0.0
+            natural = await self._run(engine, prompt, max_tokens)
+            if natural.finish_reason == "stop" and natural.tokens[-1] > 0:
+                on = Prompt(token_ids=prompt.token_ids, sampling=Sampling(temperature=0.0, ignore_eos=True))
+                cut = await self._run(engine, on, natural.tokens[-1])
+                beyond.append((decoding_us(natural) - decoding_us(cut)) / 1e3)
+        return max(0.0, median(beyond)) if len(beyond) >= ENOUGH_NATURAL else 0.0
 
     async def _measure_sleep(
         self, engine: Engine, subject: Subject, profile: ModeProfile, before_bytes: int | None
@@ -365,6 +369,11 @@ def summarise(cell: Cell, batches: Sequence[tuple[Run, ...]], busy_s: float, ene
         tokens_per_s=num_tokens / busy_s,
         mj_per_token=energy_mj / num_tokens if energy_mj is not None else None,
     )
+
+
+def decoding_us(run: Run) -> int:
+    """From the first token to the end of the stream, which a last chunk without a token may be."""
+    return run.ended_us - run.times_us[0]
 
 
 def decode_ms_per_token(batch: Sequence[Run]) -> list[float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -16,9 +17,10 @@ import pytest
 from msd import cli
 from msd.config import Config, parse
 from msd.core.estimator import ModeEstimate
-from msd.domain import CounterReading, EngineInfo, GpuView
+from msd.domain import Chunk, CounterReading, EngineInfo, GpuView, Prompt
 from msd.engine import factory
 from msd.engine.host import SIMULATED
+from msd.engine.sim import SimEngine
 from msd.errors import EXIT_CONFIG, EXIT_OK, ConfigError, EngineStartError
 from msd.learning.fitting import fit_nested, fit_relative, mean_error, tpot_at, ttft_at
 from msd.learning.profile_page import page
@@ -191,6 +193,28 @@ def test_an_interrupted_run_keeps_its_cells_and_goes_on_with_the_rest() -> None:
     assert again.gpu.memory_used_bytes == 0
 
 
+class LateEnd(SimEngine):
+    """Needs one more step of 4 ms to find out that an answer is over, as an end of sequence that is no token does."""
+
+    async def generate(self, request_id: str, prompt: Prompt, max_tokens: int, priority: int) -> AsyncGenerator[Chunk]:
+        async for chunk in super().generate(request_id, prompt, max_tokens, priority):
+            if chunk.finish_reason != "stop":
+                yield chunk
+                continue
+            yield Chunk(chunk.token_ids, chunk.text)
+            await asyncio.sleep(0.004)
+            yield Chunk((), "", "stop")
+
+
+def test_the_step_that_ends_an_answer_is_measured() -> None:
+    host = Host(config_of(), Plan(families=("short_short",), batches=(1,), energy_s=0.0))
+    guess = host.config.engine[1]  # it ends answers by itself
+    late = msgspec.structs.replace(host.subject(1), make=lambda: LateEnd(guess, host.gpu, host.clock, Random(1)))
+    assert run_virtual(host.profiler.measure(late), host.clock).eos_step_ms == pytest.approx(4.0, abs=0.1)
+    other = Host(config_of(), Plan(families=("short_short",), batches=(1,), energy_s=0.0))
+    assert other.measure(1).eos_step_ms == pytest.approx(0.0, abs=0.1)
+
+
 def test_an_engine_that_does_not_start_is_stopped_and_said() -> None:
     text = TWO.replace("[telemetry]\n", "[telemetry]\nsim_memory_bytes = 12_000_000_000\n")
     host = Host(config_of(text), Plan(batches=(1,)))
@@ -278,6 +302,15 @@ def test_a_fit_is_by_relative_error_and_never_negative() -> None:
     assert fit.mape < 1e-9
     falling = fit_relative(rows, [10.0, 9.0, 8.0, 7.0])
     assert falling.coefficients[1] == 0.0
+
+
+def test_a_row_that_something_disturbed_does_not_bend_the_line() -> None:
+    rows = [(1.0, float(n)) for n in (10, 50, 100, 500, 1_000, 4_000)]
+    values = [5 + 0.03 * n for _, n in rows]
+    values[3] *= 6
+    fit = fit_relative(rows, values)
+    assert fit.coefficients == pytest.approx((5, 0.03), rel=0.01)
+    assert fit.mape > 0.1, "the error is told of all rows"
 
 
 def test_a_quadratic_term_stays_only_where_the_data_ask_for_it() -> None:
