@@ -345,8 +345,9 @@ class Daemon:
             for arm, book in enumerate(scheduler.fleet.books)
             for task, certificate in scheduler.certificates.describe(arm)
         ]
-        snapshot = self._dispatcher.metrics.snapshot(self._status(), booked, standings)
-        return await ThreadOffload().run(partial(metrics.render, snapshot))
+        counted = self._dispatcher.metrics
+        snapshot = counted.snapshot(self._status(), booked, standings)
+        return await ThreadOffload().run(partial(counted.render, snapshot))
 
     def _describe(self) -> dict[str, object]:
         described = to_builtins(self._status())

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 
-def apportion(amount: int, weights: Sequence[int], ids: Sequence[str]) -> list[int]:
+class Ids(Protocol):
+    """Ids by place; not asked for unless a tie needs them."""
+
+    def __getitem__(self, i: int, /) -> str: ...
+
+
+def apportion(amount: int, weights: Sequence[int], ids: Ids) -> list[int]:
     """Split `amount` in proportion to integer `weights` by largest remainder; ties go to the smaller id.
 
     Same order as `weights`; the parts sum to `amount`. All weights 0: all parts 0, and the caller keeps the amount.

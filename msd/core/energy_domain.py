@@ -37,6 +37,9 @@ class Coefficients(Struct, frozen=True):
     decode_mj_per_token: float = 95.0
 
 
+_DEFAULT = Coefficients()
+
+
 class Equation(Struct, frozen=True):
     """What one interval tells about the coefficients: energy above idle = the sum over modes of what they did.
 
@@ -66,27 +69,42 @@ class Tally:
         "num_positions",
         "num_prefill_tokens",
         "num_prefills",
+        "num_whole",
         "rate",
+        "start_us",
         "union_us",
     )
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
-        self.end_us = -1
         self.costs = _DEFAULT
         self.rate = 1.0
+        self.open(-1, -1, _DEFAULT)
 
     def open(self, start_us: int, end_us: int, costs: Coefficients) -> None:
         """Begin an interval."""
         self.end_us = end_us
         self.costs = costs
         self.busy_us = self.union_us = 0
-        self.covered_us = start_us
+        self.num_whole = 0
+        self.start_us = self.covered_us = start_us
         self.num_positions = self.num_prefills = self.num_prefill_tokens = 0.0
+
+    def add(self, from_us: int, until_us: int) -> int:
+        """A run was active for this part of the interval; parts come in order of their start. Returns its length."""
+        if until_us > self.covered_us:
+            self.union_us += until_us - (from_us if from_us > self.covered_us else self.covered_us)
+            self.covered_us = until_us
+        overlap = until_us - from_us if until_us > from_us else 1
+        self.busy_us += overlap
+        return overlap
 
     def close(self) -> float:
         """All runs were seen: find the cost of a position. Returns the modelled energy of all that they did (mJ)."""
         costs = self.costs
+        if self.num_whole:
+            self.union_us = self.end_us - self.start_us
+            self.busy_us += self.num_whole * self.union_us
         self.rate = costs.step_mj * self.union_us / self.busy_us + costs.decode_mj_per_token
         prefills_mj = (
             costs.prefill_mj_per_token * self.num_prefill_tokens - costs.decode_mj_per_token * self.num_prefills
@@ -134,6 +152,18 @@ class _Active:
         return [
             int(advance * share.tally.rate * scale) for advance, share in zip(self.advances, self.shares, strict=True)
         ]
+
+
+class _Ids:
+    """Request ids of shares, looked up only where a tie is broken by them."""
+
+    __slots__ = ("_shares",)
+
+    def __init__(self, shares: list[Share]) -> None:
+        self._shares = shares
+
+    def __getitem__(self, i: int) -> str:
+        return self._shares[i].run.request_id
 
 
 class _Interval(Struct, frozen=True):
@@ -371,6 +401,7 @@ class Domain:
     def _weigh(self, interval: _Interval, now_us: int) -> _Active:
         """What ran in the interval, for how long, and the energy that it should have taken, as integer weights."""
         start_us, end_us = interval.start_us, interval.end_us
+        duration_us = end_us - start_us
         active = _Active()
         shares, overlaps, advances, finished = active.shares, active.overlaps, active.advances, active.finished
         prefills: list[tuple[int, float]] = []
@@ -379,34 +410,28 @@ class Domain:
         for serial, share in self.live.items():
             run = share.run
             from_us, until_us = run.start_us, run.end_us
-            if from_us < start_us:
-                from_us = start_us
-            elif from_us >= end_us:
+            if from_us >= end_us:
                 break
-            if until_us is None:
-                until_us = end_us
-            elif until_us <= end_us:
-                finished.append((serial, share))
-            else:
-                until_us = end_us
-            shares.append(share)
-            overlap = until_us - from_us
-            if overlap < 1:
-                overlap = 1
-            overlaps.append(overlap)
             tally = share.tally
+            if tally.end_us != end_us and tally is not _OWNERS:
+                tally.open(start_us, end_us, self._coefficients.get(tally.mode, _DEFAULT))
+                active.tallies.append(tally)
+            shares.append(share)
+            if from_us <= start_us and (until_us is None or until_us > end_us):
+                overlap = duration_us
+                tally.num_whole += 1
+            else:
+                if until_us is None or until_us > end_us:
+                    until_us = end_us
+                else:
+                    finished.append((serial, share))
+                overlap = tally.add(from_us if from_us > start_us else start_us, until_us)
+            overlaps.append(overlap)
             if tally is _OWNERS:
                 active.has_owner = True
                 advances.append(OWNER_POWER_W * overlap / 1_000)
                 total += advances[-1]
                 continue
-            if tally.end_us != end_us:
-                tally.open(start_us, end_us, self._coefficients.get(tally.mode, _DEFAULT))
-                active.tallies.append(tally)
-            tally.busy_us += overlap
-            if until_us > tally.covered_us:
-                tally.union_us += until_us - (from_us if from_us > tally.covered_us else tally.covered_us)
-                tally.covered_us = until_us
             times = run.times
             last_us = times[-1]
             after: float
@@ -463,7 +488,7 @@ class Domain:
         static_mj = min(interval.energy_mj, static_mj)
         given_mj = dynamic_mj = interval.energy_mj - static_mj
         weights = active.weights()
-        ids = [share.run.request_id for share in shares]
+        ids = _Ids(shares)
         dynamics = apportion(dynamic_mj, weights, ids)
         if self._shares_static:
             each_mj, rest_mj = divmod(static_mj, len(shares))
@@ -495,6 +520,5 @@ class Domain:
             self.unattributed_estimated_mj[reason] = self.unattributed_estimated_mj.get(reason, 0) + energy_mj
 
 
-_DEFAULT = Coefficients()
 _OWNERS = Tally("")
 """Work that no request asked for has no steps: its weight is a power, at a rate of 1."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import nlargest
+from threading import Lock
 
 from msgspec import Struct
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -112,8 +113,8 @@ class Snapshot(Struct, frozen=True):
     """All figures of one moment, as plain data. Energies in mJ until the text is written."""
 
     status: DaemonStatus
-    energy_mj: dict[Key, int]
-    """By (gpu, account, reason, mode, source, tenant)."""
+    booked: dict[str, tuple[Booked, ...]]
+    """Finished work of each energy domain."""
     generated_tokens: dict[Key, int]
     prompt_tokens: dict[Key, int]
     """Both by (mode, tenant), of requests that ended in an answer."""
@@ -123,13 +124,23 @@ class Snapshot(Struct, frozen=True):
     """(mode, task, standing) of the quality gate."""
 
 
+class _Sums(Struct, frozen=True):
+    """What is summed by tenant, with the bound on their number applied."""
+
+    energy_mj: dict[Key, int]
+    """By (gpu, account, reason, mode, source, tenant)."""
+    generated_tokens: dict[Key, int]
+    prompt_tokens: dict[Key, int]
+
+
 class Metrics:
-    """What is counted while requests go by. All calls on the loop; `render` may run anywhere."""
+    """What is counted while requests go by. All calls on the loop, but `render` on any thread."""
 
     def __init__(self) -> None:
         self._modes: dict[str, _ModeSeries] = {}
         self._generated: dict[Key, int] = {}
         self._prompt: dict[Key, int] = {}
+        self._rendering = Lock()
         self._energy_cap = TenantCap()
         self._generated_cap = TenantCap()
         self._prompt_cap = TenantCap()
@@ -156,29 +167,15 @@ class Metrics:
     def snapshot(
         self,
         status: DaemonStatus,
-        booked: Mapping[str, Sequence[Booked]],
+        booked: dict[str, tuple[Booked, ...]],
         standings: Sequence[tuple[str, str, str]] = (),
     ) -> Snapshot:
-        """Everything as of now. `booked`: the finished work of each energy domain."""
-        energy_mj: dict[Key, int] = {}
-        by_tenant: dict[str, int] = {}
-        for (_, tenant), num_tokens in self._generated.items():
-            by_tenant.setdefault(tenant, 0)
-            if not booked:  # nothing is metered: the busiest have the labels
-                by_tenant[tenant] += num_tokens
-        sources = {ledger.domain: ledger.source for ledger in status.energy}
-        for domain, rows in booked.items():
-            for row in rows:
-                by_tenant[row.tenant] = by_tenant.get(row.tenant, 0) + row.energy_mj
-                for source, part_mj in _columns(sources[domain], row.energy_mj, row.estimated_mj):
-                    energy_mj[domain, row.account, row.reason, row.mode, source, row.tenant] = part_mj
-        by_tenant.pop("", None)
-        named = frozenset(nlargest(MAX_TENANTS, by_tenant, key=lambda tenant: (by_tenant[tenant], tenant))) | {""}
+        """Everything as of now; cheap, since the loop waits for it."""
         return Snapshot(
             status=status,
-            energy_mj=self._energy_cap.update(energy_mj, named),
-            generated_tokens=self._generated_cap.update(self._generated, named),
-            prompt_tokens=self._prompt_cap.update(self._prompt, named),
+            booked=booked,
+            generated_tokens=self._generated.copy(),
+            prompt_tokens=self._prompt.copy(),
             histograms={
                 mode: {
                     "ttft": series.ttft.freeze(),
@@ -191,10 +188,31 @@ class Metrics:
             standings=tuple(standings),
         )
 
+    def render(self, snapshot: Snapshot) -> bytes:
+        """The text of a scrape; `CONTENT_TYPE` says in which format."""
+        with self._rendering:  # two scrapes at once: the bound on tenants has a memory
+            return generate_latest(_Families(snapshot, self._bound_tenants(snapshot)))
 
-def render(snapshot: Snapshot) -> bytes:
-    """The text of a scrape; `CONTENT_TYPE` says in which format. Pure."""
-    return generate_latest(_Families(snapshot))
+    def _bound_tenants(self, snapshot: Snapshot) -> _Sums:
+        energy_mj: dict[Key, int] = {}
+        used: dict[str, int] = {}
+        for (_, tenant), num_tokens in snapshot.generated_tokens.items():
+            # Where nothing is metered the busiest have the labels.
+            used[tenant] = used.get(tenant, 0) + (0 if snapshot.booked else num_tokens)
+        sources = {ledger.domain: ledger.source for ledger in snapshot.status.energy}
+        for domain, rows in snapshot.booked.items():
+            for row in rows:
+                used[row.tenant] = used.get(row.tenant, 0) + row.energy_mj
+                for source, part_mj in _columns(sources[domain], row.energy_mj, row.estimated_mj):
+                    energy_mj[domain, row.account, row.reason, row.mode, source, row.tenant] = part_mj
+        used.pop("", None)
+        # Work of nobody's, such as an engine's start, has an empty tenant, which is no tenant too many.
+        named = frozenset(nlargest(MAX_TENANTS, used, key=lambda tenant: (used[tenant], tenant))) | {""}
+        return _Sums(
+            self._energy_cap.update(energy_mj, named),
+            self._generated_cap.update(snapshot.generated_tokens, named),
+            self._prompt_cap.update(snapshot.prompt_tokens, named),
+        )
 
 
 def _columns(source: str, energy_mj: int, estimated_mj: int) -> Iterator[tuple[str, int]]:
@@ -211,19 +229,20 @@ def _columns(source: str, energy_mj: int, estimated_mj: int) -> Iterator[tuple[s
 class _Families(Collector):
     """One snapshot as metric families."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, sums: _Sums) -> None:
         self._snapshot = snapshot
+        self._sums = sums
 
     def collect(self) -> Iterable[Metric]:
         """All families, in the order of the reference page."""
         snapshot = self._snapshot
         status = snapshot.status
         yield from _requests(status)
-        yield from _latencies(snapshot)
+        yield from _latencies(snapshot, self._sums)
         yield from _engines(status)
         yield from _decisions(snapshot)
         yield from _gpu(status)
-        yield from _energy(snapshot)
+        yield from _energy(snapshot, self._sums)
 
 
 def _counter(name: str, text: str, labels: Sequence[str], rows: Iterable[tuple[Sequence[str], float]]) -> Metric:
@@ -284,7 +303,7 @@ def _requests(status: DaemonStatus) -> Iterator[Metric]:
     )
 
 
-def _latencies(snapshot: Snapshot) -> Iterator[Metric]:
+def _latencies(snapshot: Snapshot, sums: _Sums) -> Iterator[Metric]:
     named = (
         ("ttft", "msd_ttft_seconds", "From receipt to the first token, of answered requests."),
         ("tpot", "msd_tpot_seconds", "Per output token after the first, of answered requests."),
@@ -300,13 +319,13 @@ def _latencies(snapshot: Snapshot) -> Iterator[Metric]:
         "msd_generated_tokens",
         "Tokens of answers. J/token is the ratio of rates (docs).",
         ("mode", "tenant"),
-        snapshot.generated_tokens.items(),
+        sums.generated_tokens.items(),
     )
     yield _counter(
         "msd_prompt_tokens",
         "Prompt tokens of answered requests, cached ones included.",
         ("mode", "tenant"),
-        snapshot.prompt_tokens.items(),
+        sums.prompt_tokens.items(),
     )
 
 
@@ -398,7 +417,7 @@ def _gpu(status: DaemonStatus) -> Iterator[Metric]:
     )
 
 
-def _energy(snapshot: Snapshot) -> Iterator[Metric]:
+def _energy(snapshot: Snapshot, sums: _Sums) -> Iterator[Metric]:
     ledgers = snapshot.status.energy
     counters = [
         ((ledger.domain, source), part_mj / 1000)
@@ -412,7 +431,7 @@ def _energy(snapshot: Snapshot) -> Iterator[Metric]:
         "msd_energy_joules",
         "The ledger: with msd_energy_pending_joules it sums to the counter.",
         ("gpu", "account", "reason", "mode", "source", "tenant"),
-        _accounts(snapshot),
+        _accounts(snapshot, sums),
     )
     pending = [
         ((ledger.domain, state), energy_mj / 1000)
@@ -472,8 +491,8 @@ def _energy(snapshot: Snapshot) -> Iterator[Metric]:
     )
 
 
-def _accounts(snapshot: Snapshot) -> Iterator[tuple[Key, float]]:
-    for key, energy_mj in snapshot.energy_mj.items():
+def _accounts(snapshot: Snapshot, sums: _Sums) -> Iterator[tuple[Key, float]]:
+    for key, energy_mj in sums.energy_mj.items():
         yield key, energy_mj / 1000
     for ledger in snapshot.status.energy:
         estimated = ledger.estimated_of
