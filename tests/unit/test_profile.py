@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -17,7 +20,8 @@ import pytest
 from msd import cli
 from msd.config import Config, parse
 from msd.core.estimator import ModeEstimate
-from msd.domain import Chunk, CounterReading, EngineInfo, GpuView, Prompt
+from msd.core.scheduler import Scheduler
+from msd.domain import Chunk, CounterReading, GpuView, Prompt, Sampling
 from msd.engine import factory
 from msd.engine.host import SIMULATED
 from msd.engine.sim import SimEngine
@@ -38,7 +42,7 @@ from msd.learning.profiling import (
     decode_ms_per_token,
     spent_mj,
 )
-from msd.ports import GpuProbe
+from msd.ports import Engine, GpuProbe
 from msd.profile import SCHEMA, Measured, ModeProfile, Profile, differences, load, load_for, settings_of, write
 from msd.recipe import recipe_hash
 from msd.simgpu import SimGpu
@@ -46,6 +50,7 @@ from msd.telemetry.null import NullProbe
 from msd.telemetry.sim import SimProbe
 from tests.virtual_time import VirtualClock, run_virtual
 
+ROOT = Path(__file__).resolve().parents[2]
 TWO = """\
 [telemetry]
 sim_idle_w = 60
@@ -337,38 +342,58 @@ def test_held_out_cells_are_predicted(measured: Profile) -> None:
 # --- what it is good for ---------------------------------------------------------------------------------------------
 
 
-def first_predictions(estimate: ModeEstimate, engine: Any) -> float:
-    """MAPE of E2EL over the first 20 requests of mixed shapes, each predicted before it is learnt from."""
+async def run_one(engine: Engine, name: str, prompt_tokens: int, output_tokens: int, clock: VirtualClock) -> float:
+    """E2EL in ms of one request."""
+    began_us = clock.now_us()
+    prompt = Prompt(token_ids=tuple(range(prompt_tokens)), sampling=Sampling(ignore_eos=True))
+    async with aclosing(engine.generate(name, prompt, output_tokens, 0)) as chunks:
+        async for _ in chunks:
+            pass
+    return (clock.now_us() - began_us) / 1e3
+
+
+async def first_twenty(host: Host, index: int, known: ModeProfile | None) -> float:
+    """MAPE of E2EL over the first 20 requests to a new engine, each predicted before it is learnt from.
+
+    Half of them come beside three long requests.
+    """
+    engine = host.subject(index).make()
+    estimate = ModeEstimate()
+    if known is not None:
+        estimate.seed_profile(known)
+    estimate.seed(await engine.start())
     rng = Random(7)
-    truth = engine.sim
     errors = []
-    for _ in range(20):
-        prompt, output, others = rng.choice((64, 300, 900, 2_000)), rng.choice((16, 64, 256)), rng.randrange(8)
-        step_ms = truth.step_ms + truth.decode_ms_per_request
-        ttft_ms = step_ms + truth.prefill_ms_per_token * prompt
-        tpot_ms = (step_ms + truth.decode_ms_per_request * others) / truth.tokens_per_step
-        e2el_ms = ttft_ms + tpot_ms * (output - 1)
-        told_ms = estimate.ttft_ms(prompt) + estimate.tpot_ms(others) * (output - 1)
-        errors.append(abs(told_ms / e2el_ms - 1))
+    for others in (0, 3):
+        beside = [asyncio.create_task(run_one(engine, f"beside-{n}", 100, 8_000, host.clock)) for n in range(others)]
+        await asyncio.sleep(0.5)
+        for number in range(10):
+            prompt_tokens, output_tokens = rng.choice((64, 300, 900, 2_000)), rng.choice((16, 64, 256))
+            told_ms = estimate.ttft_ms(prompt_tokens) + estimate.tpot_ms(others) * (output_tokens - 1)
+            e2el_ms = await run_one(engine, f"asked-{others}-{number}", prompt_tokens, output_tokens, host.clock)
+            errors.append(abs(told_ms / e2el_ms - 1))
+        for task in beside:
+            assert not task.done(), "it has to run beside all of them"
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+    await engine.stop()
     return fmean(errors)
 
 
 def test_a_profile_makes_the_first_predictions_good(measured: Profile) -> None:
-    for engine, known in zip(config_of().engine, measured.modes, strict=True):
-        alone_ms = engine.sim.step_ms + engine.sim.decode_ms_per_request
-        info = EngineInfo(
-            engine=engine.name, max_model_len=8_192, max_num_seqs=16, kv_capacity_tokens=1,
-            idle_ttft_ms=alone_ms + 32 * engine.sim.prefill_ms_per_token,
-            idle_tpot_ms=alone_ms / engine.sim.tokens_per_step,
-        )  # fmt: skip
-        cold, seeded = ModeEstimate(), ModeEstimate()
-        cold.seed(info)
-        seeded.seed_profile(known)
-        seeded.seed(info)
-        without, with_profile = first_predictions(cold, engine), first_predictions(seeded, engine)
-        print(f"{engine.name}: MAPE of the first 20 {without:.1%} without the profile, {with_profile:.1%} with it")
+    for index, known in enumerate(measured.modes):
+        host = Host(config_of(), Plan())
+        without = run_virtual(first_twenty(host, index, None), host.clock)
+        with_profile = run_virtual(first_twenty(host, index, known), host.clock)
+        print(f"{known.mode}: MAPE of the first 20 {without:.1%} without the profile, {with_profile:.1%} with it")
         assert with_profile < 0.05
         assert without > 2 * with_profile
+
+
+def test_the_scheduler_starts_from_the_profile(measured: Profile) -> None:
+    scheduler = Scheduler.from_config(config_of(), Random(0), profile=measured)
+    for book, known in zip(scheduler.fleet.books, measured.modes, strict=True):
+        assert book.estimate.ttft_ms(1_000) == pytest.approx(ttft_at(known, 1_000), rel=1e-6)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -433,6 +458,20 @@ def test_check_refuses_a_profile_that_does_not_hold(
     write(tmp_path / "p.json", measured)
     assert cli.main(["check", str(file)]) == EXIT_OK
     assert load_for(config_of(TWO + '[policy]\nprofile = "p.json"\n'), tmp_path, SIMULATED, SIMULATED) == measured
+
+
+def test_serve_refuses_a_profile_that_does_not_hold(measured: Profile, tmp_path: Path) -> None:
+    write(tmp_path / "p.json", msgspec.structs.replace(measured, engine_version="vllm 0.1"))
+    file = tmp_path / "c.toml"
+    endpoint = f"ipc://{tmp_path}/s"
+    file.write_text(TWO + f'[policy]\nprofile = "p.json"\n[ingress.zmq]\nendpoints = ["{endpoint}"]\n')
+    served = subprocess.run(
+        [sys.executable, "-m", "msd", "serve", "--config", str(file)],
+        capture_output=True, text=True, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    assert served.returncode == EXIT_CONFIG, served.stderr
+    assert "it was measured with vllm 0.1, this is simulated" in served.stderr
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_named_profile_that_is_missing_is_an_error(tmp_path: Path) -> None:
