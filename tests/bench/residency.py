@@ -434,9 +434,9 @@ def _bits(names: Sequence[str]) -> int:
 def measure(options: Options) -> list[Row]:
     """Rows of residency and switching."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    duration_s = options.scaled(1_200.0, 300.0)
-    seeds = range(1, 1 + (2 if options.quick else 3))
-    rates = (1.5, 3.0)
+    duration_s = options.scaled(900.0, 300.0)
+    seeds = range(1, int(options.scaled(3, 2)))
+    rates = (2.0,) if options.quick else (1.5, 3.0)
     static: dict[str, list[float]] = {}
     objective: dict[str, list[float]] = {}
     violations: list[str] = []
@@ -468,7 +468,7 @@ def measure(options: Options) -> list[Row]:
     num_waves = 0
     for half_s in waves:
         for seed in seeds:
-            ran = run(square(2.0, half_s, duration_s), seed, NAMES, "auto")
+            ran = run(square(2.0, half_s, max(duration_s, 3 * half_s)), seed, NAMES, "auto")
             violations += ran.violations
             num_waves += ran.figures.num_switches
     for text in violations[:5]:
