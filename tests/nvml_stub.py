@@ -66,6 +66,13 @@ int nvmlDeviceGetMemoryInfo_v2(void *h, memory_t *m) {
   if (m->version != 0x02000028) return 25;
   m->total = 80000; m->reserved = 500; m->free = 50000; m->used = 29500; return code("memory"); }
 #endif
+#ifndef NO_MEMORY
+int nvmlDeviceGetMemoryInfo(void *h, unsigned long long *m) {
+  m[0] = 80000; m[1] = 50000; m[2] = 30000; return code("memory"); }
+#endif
+int nvmlDeviceGetCount_v2(unsigned *out) { return value(code("count"), out, 1); }
+int nvmlDeviceGetCudaComputeCapability(void *h, int *major, int *minor) {
+  *major = 9; *minor = 0; return code("capability"); }
 int nvmlDeviceGetUtilizationRates(void *h, unsigned *u) { u[0] = 87; u[1] = 40; return code("util"); }
 int nvmlDeviceGetClockInfo(void *h, int type, unsigned *out) { return value(type == 1 ? 0 : 2, out, 1980); }
 int nvmlDeviceGetTemperature(void *h, int sensor, unsigned *out) { return value(0, out, 61); }

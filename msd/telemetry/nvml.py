@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from time import monotonic, thread_time
 from typing import Any
 
@@ -27,6 +28,7 @@ from msd.telemetry.nvml_device import (
     VERSION_MISMATCH,
     Device,
     NvmlFailureError,
+    text_of,
 )
 
 log = structlog.get_logger(__name__)
@@ -80,17 +82,20 @@ def _list_gpus(nvml: Any) -> tuple[InstalledGpu, ...]:
 
 
 def _installed(nvml: Any, index: int, handle: Any) -> InstalledGpu:
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    name, uuid = (
-        value.decode() if isinstance(value, bytes) else str(value)
-        for value in (nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle))
-    )
+    def optional(function: Callable[[Any], Any]) -> Any:
+        """None where the GPU has no such thing: one with unified memory has no figure for its own."""
+        try:
+            return function(handle)
+        except nvml.NVMLError:
+            return None
+
+    memory, capability = optional(nvml.nvmlDeviceGetMemoryInfo), optional(nvml.nvmlDeviceGetCudaComputeCapability)
     return InstalledGpu(
         index=index,
-        uuid=uuid,
-        name=name,
-        memory_total_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
-        compute_capability=(int(major), int(minor)),
+        uuid=text_of(nvml.nvmlDeviceGetUUID(handle)),
+        name=text_of(nvml.nvmlDeviceGetName(handle)),
+        memory_total_bytes=None if memory is None else int(memory.total),
+        compute_capability=None if capability is None else (int(capability[0]), int(capability[1])),
     )
 
 

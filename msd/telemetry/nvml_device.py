@@ -65,8 +65,8 @@ class Device:
             nvml.nvmlDeviceGetHandleByIndex if wanted.isdecimal() else nvml.nvmlDeviceGetHandleByUUID,
             int(wanted) if wanted.isdecimal() else wanted,
         )
-        self.uuid = _text(self._call(nvml.nvmlDeviceGetUUID, self._handle))
-        self.name = _text(self._optional("name", nvml.nvmlDeviceGetName, self._handle) or "")
+        self.uuid = text_of(self._call(nvml.nvmlDeviceGetUUID, self._handle))
+        self.name = text_of(self._optional("name", nvml.nvmlDeviceGetName, self._handle) or "")
         self.index = int(self._optional("index", nvml.nvmlDeviceGetIndex, self._handle) or 0)
         self.scope = SCOPE_GPU
         power = self.fields((FIELD_POWER_INSTANT, SCOPE_GPU))[0]
@@ -160,5 +160,6 @@ class Device:
         return {"power_limit_w": None if limit_mw is None else limit_mw / 1000}
 
 
-def _text(value: str | bytes) -> str:
+def text_of(value: str | bytes) -> str:
+    """What pynvml gives as either."""
     return value.decode() if isinstance(value, bytes) else value

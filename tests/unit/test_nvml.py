@@ -180,3 +180,22 @@ def test_a_module_that_refuses_the_gpu_scope_is_labelled_module(stub: NvmlStub) 
     stub.set("scope", 1)
     told = stub.run("probe.start(); probe.stop(); tell(domain=probe.readings()[0].domain)")
     assert told["domain"] == f"module:{UUID}"
+
+
+LIST = "gpus, why = nvml.installed_gpus(); tell(gpus=msgspec.to_builtins(gpus), why=why)"
+
+
+def test_installed_gpus_are_listed_with_what_the_driver_knows(stub: NvmlStub) -> None:
+    gpu = {"index": 0, "uuid": UUID, "name": "Stub GPU", "memory_total_bytes": 80000, "compute_capability": [9, 0]}
+    assert stub.run(LIST) == {"gpus": [gpu], "why": ""}
+    stub.set("code.memory", 3)
+    stub.set("code.capability", 3)
+    assert stub.run(LIST)["gpus"] == [gpu | {"memory_total_bytes": None, "compute_capability": None}]
+
+
+def test_a_driver_that_lists_nothing_says_why(stub: NvmlStub) -> None:
+    stub.set("code.init", 9)
+    told = stub.run(LIST)
+    assert told["gpus"] == []
+    assert "NVML error 9" in told["why"]
+    assert "load the NVIDIA driver" in told["why"]
