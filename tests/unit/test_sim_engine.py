@@ -25,19 +25,31 @@ MODEL: dict[str, Any] = {
 class World:
     """Simulated engines on one GPU, and when each request's tokens came (ms after the start of the script)."""
 
-    def __init__(self, names: str = "a", *, emit_interval_ms: float = 20.0, max_num_seqs: int = 8, **sim: Any) -> None:
+    def __init__(
+        self,
+        names: str = "a",
+        *,
+        emit_interval_ms: float = 20.0,
+        max_num_seqs: int = 8,
+        prefix_caching: bool = False,
+        **sim: Any,
+    ) -> None:
         self.clock = VirtualClock()
         self.gpu = SimGpu(memory_bytes=1_000, idle_w=75.0, rng=Random(0))
         model = SimEngineConfig(**(MODEL | sim))
         self.engines = {
             name: SimEngine(
-                EngineConfig(name=name, model="m", kind="sim", max_num_seqs=max_num_seqs, sim=model),
+                EngineConfig(
+                    name=name, model="m", kind="sim", max_num_seqs=max_num_seqs, sim=model,
+                    prefix_caching=prefix_caching,
+                ),
                 self.gpu, self.clock, Random(1), emit_interval_ms=emit_interval_ms,
             )
             for name in names
         }  # fmt: skip
         self.arrivals: dict[str, list[tuple[float, int]]] = {}
         self.reasons: dict[str, str | None] = {}
+        self.cached: dict[str, int] = {}
         self.texts: dict[str, str] = {}
         self.began_us = 0
 
@@ -46,12 +58,21 @@ class World:
         return (self.clock.now_us() - self.began_us) / 1_000
 
     async def ask(
-        self, request_id: str, num_tokens: int, *, engine: str = "a", num_prompt_tokens: int = 100, **sampling: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        *,
+        engine: str = "a",
+        num_prompt_tokens: int = 100,
+        first_id: int = 0,
+        **sampling: Any,
     ) -> None:
-        prompt = Prompt(token_ids=tuple(range(num_prompt_tokens)), sampling=Sampling(**sampling))
+        token_ids = tuple(range(first_id, first_id + num_prompt_tokens))
+        prompt = Prompt(token_ids=token_ids, sampling=Sampling(**sampling))
         self.arrivals[request_id] = []
         async for chunk in self.engines[engine].generate(request_id, prompt, num_tokens, 0):
             self.arrivals[request_id].append((self.now_ms, len(chunk.token_ids)))
+            self.cached.setdefault(request_id, chunk.num_cached_tokens)
             self.texts[request_id] = self.texts.get(request_id, "") + chunk.text
             self.reasons[request_id] = chunk.finish_reason
 
@@ -210,3 +231,73 @@ def test_a_hung_engine_looks_healthy_and_can_be_stopped() -> None:
         assert world.engines["a"].load().num_running == 0
 
     world.run(script)
+
+
+# --- prefix caching --------------------------------------------------------------------------------------------------
+
+
+def one_after_another(world: World, *asked: tuple[str, int, int]) -> None:
+    """Ask for one token of prompts (name, tokens, first id), each when the one before has its answer."""
+
+    async def script() -> None:
+        for name, num_prompt_tokens, first_id in asked:
+            before_ms = world.now_ms
+            await world.ask(name, 1, num_prompt_tokens=num_prompt_tokens, first_id=first_id)
+            world.arrivals[name] = [(world.now_ms - before_ms, 1)]
+
+    world.run(script)
+
+
+def test_a_prefix_that_was_computed_costs_no_prefill_again() -> None:
+    world = World(prefix_caching=True, prefill_mj_per_token=10.0, step_mj=0.0, decode_mj_per_token=0.0)
+    one_after_another(world, ("first", 1_000, 0), ("again", 1_000, 0), ("longer", 1_100, 0), ("other", 1_000, 7))
+    assert world.cached == {"first": 0, "again": 992, "longer": 992, "other": 0}
+    assert world.first_ms("first") == pytest.approx(8.3 + 1_000 * 0.05, abs=0.01)
+    assert world.first_ms("again") == pytest.approx(8.3 + 8 * 0.05, abs=0.01)
+    assert world.first_ms("longer") == pytest.approx(8.3 + 108 * 0.05, abs=0.01)
+    now_us = world.clock.now_us()
+    dynamic_mj = world.gpu.true_energy_mj(now_us) - 75.0 * now_us / 1_000
+    assert dynamic_mj == pytest.approx((1_000 + 8 + 108 + 1_000) * 10, rel=0.05)
+
+
+def test_the_last_token_is_always_computed_and_partial_blocks_are_not_kept() -> None:
+    world = World(prefix_caching=True)
+    one_after_another(world, ("first", 96, 0), ("again", 96, 0), ("short", 15, 0), ("again short", 15, 0))
+    assert world.cached == {"first": 0, "again": 80, "short": 0, "again short": 0}
+
+
+def test_without_prefix_caching_everything_is_computed() -> None:
+    world = World()
+    one_after_another(world, ("first", 1_000, 0), ("again", 1_000, 0))
+    assert world.cached == {"first": 0, "again": 0}
+    assert world.first_ms("again") == pytest.approx(world.first_ms("first"), abs=0.01)
+
+
+def test_the_cache_is_as_large_as_the_kv_cache_and_drops_what_was_used_least_recently() -> None:
+    world = World(prefix_caching=True, kv_capacity_tokens=3_200)
+    one_after_another(
+        world,
+        ("a", 1_601, 0), ("b", 1_601, 10_000), ("a again", 1_601, 0),
+        ("c", 801, 20_000), ("a once more", 1_601, 0), ("b again", 1_601, 10_000),
+    )  # fmt: skip
+    assert world.cached["a again"] == 1_600
+    assert world.cached["a once more"] == 1_600
+    # The tail of `b` made room for `c`, its head is still there.
+    assert world.cached["b again"] == 800
+
+
+def test_requests_of_one_step_do_not_find_each_other() -> None:
+    world = World(prefix_caching=True)
+
+    async def script() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(world.ask("busy", 50, first_id=50_000))
+            await asyncio.sleep(0.1)
+            for name in ("one", "two"):
+                group.create_task(world.ask(name, 1, num_prompt_tokens=500))
+            await asyncio.sleep(0.1)
+            group.create_task(world.ask("later", 1, num_prompt_tokens=500))
+
+    world.run(script)
+    assert world.first_ms("one") == world.first_ms("two")
+    assert (world.cached["one"], world.cached["two"], world.cached["later"]) == (0, 0, 496)
