@@ -13,7 +13,7 @@ from msd.cli import terminal
 from msd.cli.options import Commands, add_endpoint, add_json, positive
 from msd.cli.terminal import DASH, number, paint, table
 from msd.errors import EXIT_OK, DaemonUnreachableError
-from msd.wire import DaemonStatus, EngineReport, LedgerReport, ModeReport
+from msd.wire import CoefficientReport, DaemonStatus, EngineReport, LedgerReport, ModeReport
 
 MAX_REASONS = 3
 COLOUR_OF_STATE = {"up": "green", "serving": "green", "failed": "red", "backoff": "yellow", "draining": "yellow"}
@@ -84,7 +84,8 @@ def render(status: DaemonStatus) -> list[str]:
     lines += _quality(status.modes)
     lines += ["", _gpu(status.gpu)]
     for ledger in status.energy:
-        lines += ["", *energy_lines(ledger)]
+        lines += ["", *energy_lines(ledger), *usage_lines(ledger)]
+    lines += coefficient_lines(status.coefficients)
     if not status.energy:
         lines.append("energy: not measured, no counter here")
     return lines
@@ -214,12 +215,103 @@ def energy_lines(ledger: LedgerReport) -> list[str]:
     if ledger.residue_mj:
         parts.append(("lost in the ledger", ledger.residue_mj))
     total_mj = ledger.counter_mj + ledger.estimated_mj
+    estimated = [ledger.estimated_of.get(_ACCOUNTS.get(name, name), 0) for name, _ in parts]
     rows = [[f"  {name}", joules(energy_mj)] for name, energy_mj in parts]
     rows.append(["  = the counter", joules(total_mj)])
-    lines = table([f"energy of {ledger.domain} ({ledger.source})", ""], rows)
+    head = [f"energy of {ledger.domain} ({ledger.source})", ""]
+    if ledger.estimated_mj:
+        # Counted and estimated energy stay two columns; each adds up for itself.
+        for row, energy_mj, estimated_mj in zip(
+            rows, [*(e for _, e in parts), total_mj], [*estimated, ledger.estimated_mj], strict=True
+        ):
+            row[1:] = [joules(energy_mj - estimated_mj), joules(estimated_mj)]
+        head[1:] = [_counted(ledger), "estimated"]
+    lines = table(head, rows)
     if (difference_mj := total_mj - sum(energy_mj for _, energy_mj in parts)) != 0:
         lines.append(paint(f"  the parts do not add up: {joules(difference_mj)} differ", "red"))
+    if ledger.estimated_mj and (difference_mj := ledger.estimated_mj - sum(estimated)) != 0:
+        lines.append(paint(f"  the estimates do not add up: {joules(difference_mj)} differ", "red"))
+    if ledger.idle_origin:
+        lines.append(f"  idle power {_idle_power(ledger)}")
     return lines
+
+
+_ACCOUNTS = {"under way, starts too": "running", "not shared out yet": "open"}
+"""Rows of the table by the ledger's own name, where it is another."""
+
+
+def _counted(ledger: LedgerReport) -> str:
+    """Of a simulated counter nothing was counted."""
+    return "simulated" if ledger.source == "simulated" else "counted"
+
+
+def _idle_power(ledger: LedgerReport) -> str:
+    """Where the largest single source of error comes from."""
+    if ledger.idle_w is None:
+        return "unknown: all energy counts as dynamic"
+    spread = "" if ledger.idle_spread_w is None else f", scatter {ledger.idle_spread_w:.1f} W"
+    age = "" if ledger.idle_age_s is None else f", {duration(ledger.idle_age_s)} ago"
+    return f"{ledger.idle_w:.1f} W, {ledger.idle_origin}{spread}{age}"
+
+
+def usage_lines(ledger: LedgerReport) -> list[str]:
+    """What answered requests took, by mode and by tenant; J per generated token, its static part apart."""
+    lines: list[str] = []
+    for word, users in (("mode", ledger.modes), ("tenant", ledger.tenants)):
+        rows = [
+            [
+                f"  {user.name}",
+                f"{user.num_tokens:,}",
+                joules(user.energy_mj - user.estimated_mj),
+                joules(user.estimated_mj) if user.estimated_mj else DASH,
+                per_token(user.energy_mj, user.num_tokens),
+                per_token(user.static_mj, user.num_tokens),
+                joules(user.wasted_mj) if user.wasted_mj else DASH,
+            ]
+            for user in users
+        ]
+        if rows:
+            head = [
+                f"energy by {word}",
+                "tokens",
+                _counted(ledger),
+                "estimated",
+                "J/token",
+                "of it static",
+                "wasted beside",
+            ]
+            lines += ["", *table(head, rows)]
+    return lines
+
+
+def coefficient_lines(coefficients: tuple[CoefficientReport, ...]) -> list[str]:
+    """What energy is split by; a figure that is not known better than itself is a dash."""
+
+    def known(value_mj: float, error_mj: float, confidence: str) -> str:
+        if confidence == "prior":
+            return f"{value_mj / 1000:.3f}"
+        return f"{value_mj / 1000:.3f} ± {error_mj / 1000:.3f}" if error_mj < value_mj else DASH
+
+    rows = [
+        [
+            f"  {c.mode}",
+            known(c.step_mj, c.step_error_mj, c.confidence),
+            known(c.prefill_mj_per_token, c.prefill_error_mj, c.confidence),
+            known(c.decode_mj_per_token, c.decode_error_mj, c.confidence),
+            f"{c.num_intervals:,}",
+            c.confidence,
+        ]
+        for c in coefficients
+    ]
+    if not rows:
+        return []
+    head = ["energy split by (J)", "a step", "prompt token", "decode position", "intervals", "confidence"]
+    return ["", *table(head, rows, left=(0, 5))]
+
+
+def per_token(energy_mj: int, num_tokens: int) -> str:
+    """J per generated token, or a dash."""
+    return f"{energy_mj / 1000 / num_tokens:,.3f}" if num_tokens else DASH
 
 
 def joules(energy_mj: int) -> str:
