@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     log = Log(options)
     found = 0
     newest: deque[Episode] = deque(maxlen=options.last)
-    by_mode: dict[str, list[Episode]] = defaultdict(list)
+    by_mode: dict[str, _Tally] = defaultdict(_Tally)
     for episode in decisions.episodes(log.read(since=time.time() - options.since)):
         mode = episode.decided.decision.mode
         if options.mode not in (None, mode):
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             sys.stdout.write(msgspec.json.encode(episode).decode() + "\n")
         else:
             newest.append(episode)
-            by_mode[mode].append(episode)
+            by_mode[mode].add(episode)
     log.tell_skipped()
     if not found:
         what = f"decision for mode {options.mode!r}" if options.mode else "decision"
@@ -229,29 +229,38 @@ def _listing(episodes: list[Episode]) -> list[str]:
     return table(head, rows, left=(0, 1, 2, 10))
 
 
-def _summary(by_mode: dict[str, list[Episode]]) -> list[str]:
+class _Tally:
+    """Figures of one mode; the episodes themselves would not fit into memory for a whole log."""
+
+    def __init__(self) -> None:
+        self.num = self.num_measured = self.num_bound = self.num_kept = 0
+        self.errors: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, episode: Episode) -> None:
+        self.num += 1
+        if episode.observed is None:
+            return
+        self.num_measured += 1
+        for figure in predictions(episode):
+            if figure.error is not None:
+                self.errors[figure.name].append(abs(figure.error))
+        met = episode.observed.observation.slo_met
+        self.num_bound += met is not None
+        self.num_kept += met is True
+
+
+def _summary(by_mode: dict[str, _Tally]) -> list[str]:
     import statistics  # late: it brings fractions and decimal, and `msd send` reads this file too
 
-    total = sum(map(len, by_mode.values()))
+    total = sum(tally.num for tally in by_mode.values())
     rows = []
-    for mode, episodes in sorted(by_mode.items()):
-        errors: dict[str, list[float]] = defaultdict(list)
-        for episode in episodes:
-            for figure in predictions(episode):
-                if figure.error is not None:
-                    errors[figure.name].append(abs(figure.error))
-        met = [
-            e.observed.observation.slo_met
-            for e in episodes
-            if e.observed and e.observed.observation.slo_met is not None
-        ]
-        mape = [
-            f"{statistics.median(errors[name]):.0%}" if errors[name] else DASH
+    for mode, tally in sorted(by_mode.items()):
+        off = [
+            f"{statistics.median(tally.errors[name]):.0%}" if tally.errors[name] else DASH
             for name in ("TTFT", "TPOT", "E2EL", "energy")
         ]
-        kept = f"{sum(met) / len(met):.0%}" if met else DASH
-        answered = sum(episode.observed is not None for episode in episodes)
-        rows.append([mode, f"{len(episodes):,}", f"{len(episodes) / total:.0%}", f"{answered:,}", *mape, kept])
+        kept = f"{tally.num_kept / tally.num_bound:.0%}" if tally.num_bound else DASH
+        rows.append([mode, f"{tally.num:,}", f"{tally.num / total:.0%}", f"{tally.num_measured:,}", *off, kept])
     head = ["mode", "decisions", "share", "measured", "TTFT off", "TPOT off", "E2EL off", "J off", "SLO kept"]
     return [
         *table(head, rows),
