@@ -167,7 +167,7 @@ class _Work:
         try:
             for subject in self._subjects(clock, gpu, logs_folder):
                 known = self._modes.get(subject.mode)
-                if known is not None and any(known.tpot_ms):
+                if known is not None and is_whole(known):
                     continue  # it was measured to its end
                 self._progress.begin(subject.mode)
                 try:
@@ -238,7 +238,7 @@ class _Work:
     def _finish(self, failed: Sequence[str]) -> int:
         from msd import profile
 
-        if not any(any(mode.tpot_ms) for mode in self._modes.values()):
+        if not any(is_whole(mode) for mode in self._modes.values()):
             raise EngineStartError("no mode could be measured", remedy="the lines above say why")
         whole = self._profile()
         profile.write(self._out, whole)
@@ -250,6 +250,11 @@ class _Work:
             print(f"\nwritten to {self._out}; policy.profile names it, and msd starts from it")
             print(f"as a page: msd report profile {self._out} --out profile.html")
         return EXIT_NO if failed else EXIT_OK
+
+
+def is_whole(mode: ModeProfile) -> bool:
+    """Whether it was measured to its end: only then lines are fitted."""
+    return any(mode.ttft_ms) or any(mode.tpot_ms)
 
 
 def render(profile: Profile) -> list[str]:
