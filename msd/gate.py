@@ -83,10 +83,11 @@ def checksum(gate: GateFile) -> str:
     return hashlib.blake2b(msgspec.json.encode(bare, order="sorted"), digest_size=16).hexdigest()
 
 
-def write(file: Path, gate: GateFile) -> None:
-    """Write the file with its checksum."""
+def write(file: Path, gate: GateFile) -> GateFile:
+    """Write the file with its checksum; returns what is in it."""
     signed = structs.replace(gate, checksum=checksum(gate))
     file.write_bytes(msgspec.json.format(msgspec.json.encode(signed), indent=2) + b"\n")
+    return signed
 
 
 def load_withdrawals(file: Path) -> tuple[Withdrawal, ...]:

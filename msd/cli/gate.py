@@ -109,12 +109,12 @@ async def measure(
 ) -> gate.GateFile:
     """Ask the engines, the reference first, and write the gate file."""
     # Late: they bring the engines, and other commands should start at once.
-    from msd.cli.modes import this_host
     from msd.clock import MonotonicClock
     from msd.engine import factory
-    from msd.engine.host import identity
+    from msd.engine.host import identity, look
     from msd.learning import gate_run, quality
     from msd.recipe import recipe_hashes
+    from msd.telemetry.nvml import installed_gpus
 
     engines = {engine.name: engine for engine in config.engine}
     recipes = recipe_hashes(config, base_dir)
@@ -122,7 +122,7 @@ async def measure(
     partial = out.with_name(out.name + ".partial")
     if options.fresh:
         partial.unlink(missing_ok=True)
-    where = identity(config, this_host())
+    where = identity(config, look(*installed_gpus()))
     versions = {"msd": __version__, "engine": where.engine_version}
     answers = gate_run.Answers(partial, versions)
     asked = gate_run.questions(names, options.pairs)
@@ -165,9 +165,9 @@ async def measure(
         alpha=config.quality.alpha,
         rows=tuple(rows),
     )
-    gate.write(out, measured)
+    signed = gate.write(out, measured)
     answers.remove()
-    return measured
+    return signed
 
 
 async def _ask(

@@ -1,0 +1,203 @@
+"""The gate file: intact or refused by name; recipes; what production took away, beyond the process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from msd import gate
+from msd.config import Config, InvalidConfigError, load
+from msd.errors import ConfigError
+from msd.gate import Withdrawal
+from msd.recipe import fingerprint, is_lossless, recipe_hash
+from tests.unit.core_world import gate_of
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """
+[[model]]
+name = "toy"
+[[engine]]
+name = "m0"
+model = "toy"
+kind = "sim"
+[quality]
+gate = "gate.json"
+"""
+WITHDRAWAL = Withdrawal(mode="m1", recipe="m1", task="copy", gate="c", num_pairs=9, difference=-0.1, capital=21.0)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    made = gate_of({"m1": {"copy": "certified"}})
+    gate.write(tmp_path / "gate.json", made)
+    read = gate.load(tmp_path / "gate.json")
+    assert msgspec.structs.replace(read, checksum="") == msgspec.structs.replace(made, checksum="")
+    assert read.checksum == gate.checksum(made)
+
+
+def edited(file: Path) -> None:
+    document = json.loads(file.read_bytes())
+    document["rows"][0]["verdict"] = "revoked"
+    file.write_text(json.dumps(document))
+
+
+def of_another_schema(file: Path) -> None:
+    gate.write(file, msgspec.structs.replace(gate_of({}), schema=99))
+
+
+BROKEN = [
+    (Path.unlink, "No such file or directory", "`msd gate` writes one"),
+    (edited, "was changed after it was measured: its checksum does not match", 'quality.ungated = "allow"'),
+    (of_another_schema, "has schema 99, not 1", "run `msd gate` again"),
+    (lambda file: file.write_text("{"), "cannot be read", "run `msd gate` again"),
+    (lambda file: file.write_text('{"rows": 3}'), "cannot be read", "run `msd gate` again"),
+]
+
+
+@pytest.mark.parametrize(("harm", "why", "remedy"), BROKEN)
+def test_a_broken_file_is_refused_with_why_and_what_to_do(tmp_path: Path, harm, why: str, remedy: str) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "gate.json"
+    gate.write(file, gate_of({}))
+    harm(file)
+    with pytest.raises(ConfigError) as caught:
+        gate.load(file)
+    assert why in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(("harm", "why", "remedy"), BROKEN)
+def test_the_configuration_is_refused_with_it(tmp_path: Path, harm, why: str, remedy: str) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "gate.json"
+    (tmp_path / "config.toml").write_text(CONFIG)
+    gate.write(file, gate_of({}))
+    load(tmp_path / "config.toml")
+    harm(file)
+    with pytest.raises(InvalidConfigError) as caught:
+        load(tmp_path / "config.toml")
+    assert [problem.field for problem in caught.value.problems] == ["quality.gate"]
+    assert why in str(caught.value)
+    assert "config.toml:9" in str(caught.value)
+    load(tmp_path / "config.toml", look_at_gate=False)
+
+
+def test_the_reference_must_be_an_engine(tmp_path: Path) -> None:
+    gate.write(tmp_path / "gate.json", gate_of({}))
+    (tmp_path / "config.toml").write_text(CONFIG + 'reference = "m9"\n')
+    with pytest.raises(InvalidConfigError, match="has this name; there is only `m0`"):
+        load(tmp_path / "config.toml")
+
+
+def test_the_testbeds_gate_file_is_intact_and_fits_its_models() -> None:
+    """The reference's recipe is that of this checkout's weights, on any machine."""
+    measured = gate.load(ROOT / "testbed" / "gate.json")
+    assert not measured.stated
+    config = load(ROOT / "config.toml")
+    reference = next(engine for engine in config.engine if engine.name == measured.reference)
+    assert recipe_hash(reference, config, ROOT) == measured.reference_recipe
+    verdicts = {(row.mode, row.task): row.verdict for row in measured.rows}
+    assert verdicts["int8", "*"] == "certified"
+    assert verdicts["small", "get"] == "revoked"
+    int8 = ROOT / "build" / "testbed" / "tiny-large-int8"
+    if int8.is_dir():
+        demo = load(ROOT / "testbed" / "demo.toml")
+        engine = next(engine for engine in demo.engine if engine.name == "int8")
+        rows = {row.recipe for row in measured.rows if row.mode == "int8"}
+        assert rows == {recipe_hash(engine, demo, ROOT / "testbed")}, "the derivation of INT8 weights has changed"
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def config_of(**engine: object) -> Config:
+    own = {"name": "a", "model": "toy", **engine}
+    return msgspec.convert({"model": [{"name": "toy", "path": "model"}], "engine": [own]}, Config)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(3 << 20))
+    return tmp_path
+
+
+def hash_of(folder: Path, **engine: object) -> str:
+    fingerprint.cache_clear()
+    config = config_of(**engine)
+    return recipe_hash(config.engine[0], config, folder)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"max_num_seqs": 7},
+        {"prefix_caching": True},
+        {"args": {"enforce_eager": True, "max_model_len": 128, "gpu_memory_utilization": 0.5}},
+        {"env": {"A": "b"}},
+        {"name": "another"},
+    ],
+)
+def test_what_only_changes_how_fast_keeps_the_hash(folder: Path, engine: dict[str, object]) -> None:
+    assert hash_of(folder, **engine) == hash_of(folder)
+
+
+@pytest.mark.parametrize(
+    "engine", [{"precision": "fp16"}, {"args": {"kv_cache_dtype": "fp8"}}, {"args": {"quantization": "fp8"}}]
+)
+def test_what_changes_the_answers_changes_the_hash(folder: Path, engine: dict[str, object]) -> None:
+    assert hash_of(folder, **engine) != hash_of(folder)
+
+
+@pytest.mark.parametrize("at", [0, 1 << 20, 3 << 19, (3 << 20) - 1])
+def test_one_changed_byte_of_the_weights_changes_the_hash(folder: Path, at: int) -> None:
+    before = hash_of(folder)
+    weights = bytearray((folder / "model" / "model.safetensors").read_bytes())
+    weights[at] ^= 1
+    (folder / "model" / "model.safetensors").write_bytes(weights)
+    assert hash_of(folder) != before
+
+
+def test_a_simulated_engine_is_known_without_its_files(folder: Path) -> None:
+    before = hash_of(folder, kind="sim")
+    (folder / "model" / "config.json").write_text('{"changed": 1}')
+    assert hash_of(folder, kind="sim") == before
+    assert hash_of(folder, kind="noop") != before
+
+
+@pytest.mark.parametrize(
+    ("engine", "lossless"),
+    [
+        ({}, True),
+        ({"speculation": "ngram", "args": {"speculative_config": {"method": "ngram"}}}, True),
+        ({"precision": "int8"}, False),
+        ({"weights": "elsewhere"}, False),
+        ({"args": {"kv_cache_dtype": "fp8"}}, False),
+        ({"args": {"quantization": "fp8"}}, False),
+    ],
+)
+def test_what_is_lossless(engine: dict[str, object], lossless: bool) -> None:
+    assert is_lossless(config_of(**engine).engine[0]) is lossless
+
+
+# --- withdrawals -----------------------------------------------------------------------------------------------------
+
+
+def test_withdrawals_are_kept_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "withdrawn.jsonl"
+    assert gate.load_withdrawals(file) == ()
+    gate.keep_withdrawal(file, WITHDRAWAL)
+    gate.keep_withdrawal(file, msgspec.structs.replace(WITHDRAWAL, task="sort"))
+    assert [one.task for one in gate.load_withdrawals(file)] == ["copy", "sort"]
+
+
+def test_a_torn_file_of_withdrawals_is_refused(tmp_path: Path) -> None:
+    """Starting without it would send requests to a mode that was found worse."""
+    file = tmp_path / "withdrawn.jsonl"
+    file.write_text('{"mode": "m1"')
+    with pytest.raises(ConfigError, match="found worse in production"):
+        gate.load_withdrawals(file)
