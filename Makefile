@@ -122,6 +122,8 @@ install-systemd: ## copy unit, sysusers and example config below DESTDIR; starts
 	fi
 	install -D -m 0644 systemd/msd.service "$(DESTDIR)/usr/lib/systemd/system/msd.service"
 	install -D -m 0644 systemd/msd.sysusers "$(DESTDIR)/usr/lib/sysusers.d/msd.conf"
+	install -D -m 0644 systemd/msd-clocks@.service "$(DESTDIR)/usr/lib/systemd/system/msd-clocks@.service"
+	install -D -m 0755 systemd/msd-clocks "$(DESTDIR)/usr/libexec/msd-clocks"
 	install -D -m 0644 config.toml "$(DESTDIR)/usr/share/doc/msd/config.toml"
 
 .PHONY: clean
