@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import log
 from random import Random
 from statistics import fmean
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -34,6 +34,8 @@ from msd.policy.cost import reference_arms
 from msd.policy.learned import FEATURES, Learned, vector
 from msd.router_file import SCHEMA, HeldOut, Kind, ModeScorer, Router, Tree
 
+T = TypeVar("T")
+
 PENALTY: Final = 1.0
 """Gain that a mode loses where it takes more energy than the reference: as if it were 2.7 times slower."""
 NUM_DRAWN: Final = 300
@@ -43,7 +45,10 @@ SEED: Final = 0
 
 FOREST_TREES: Final = 8
 BOOSTING_TREES: Final = 20
+"""Each tree of each mode costs a decision about 0.15 us."""
 BOOSTING_RATE: Final = 0.3
+LOGISTIC_CELLS: Final = 20_000_000
+"""Size of the matrix of pairs, at most: with many modes fewer examples do."""
 
 
 class Example(Struct, frozen=True):
@@ -179,6 +184,8 @@ def matrix_router(
 
 LEAST_TRIALS: Final = 20
 """Fewer decisions cannot be halved into something to learn from and something to judge by."""
+MOST_TRIALS: Final = 5_000
+"""Of a longer log so many are learnt from, evenly spread over it: more change a small router no more."""
 
 
 def log_examples(log: Sequence[Trial]) -> list[Example]:
@@ -240,7 +247,7 @@ def log_router(
         versions=versions,
         source="decision log of this daemon" + (", SIMULATED engines" if simulated else ""),
         data_hash=_digest(log),
-        num_examples=len(log),
+        num_examples=min(len(log), MOST_TRIALS),
         features=FEATURES,
         modes=_train_on_log(log, kind),
         held_out=reached,
@@ -249,10 +256,17 @@ def log_router(
 
 def _train_on_log(log: Sequence[Trial], kind: Kind) -> tuple[ModeScorer, ...]:
     modes = list({mode.name: mode for trial in log for mode in trial.modes}.values())
-    scorers = train(kind, log_examples(log), modes)
+    scorers = train(kind, log_examples(_spread(log, MOST_TRIALS)), modes)
     if not scorers:
         raise ConfigError("the log holds no prediction of any mode", remedy="let the daemon serve some requests first")
     return scorers
+
+
+def _spread(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many of them, evenly spaced."""
+    if len(items) <= most:
+        return items
+    return [items[number * len(items) // most] for number in range(most)]
 
 
 def _digest(log: Sequence[Trial]) -> str:
@@ -298,6 +312,8 @@ def _logistic(examples: Sequence[Example], modes: Sequence[Mode]) -> tuple[ModeS
     from sklearn.linear_model import LogisticRegression
 
     width = len(FEATURES) + 1
+    per_example = len(modes) * (len(modes) - 1) // 2 * len(modes) * width
+    examples = _spread(examples, max(LEAST_TRIALS, LOGISTIC_CELLS // max(1, per_example)))
     rows: list[Any] = []
     wins: list[bool] = []
     weights: list[float] = []
