@@ -58,6 +58,8 @@ VIEW_WAIT_US = 1_000_000
 ROOM_WAIT_US = 5_000_000
 """How long an engine that was to come waits until the view shows room for it; then the plan is dropped."""
 MAX_WAITING_LOOKED_AT = 1_000
+UNKNOWN_TOKENS = (256.0, 128.0)
+"""Prompt and output of traffic of which nothing is known yet."""
 
 
 class _Auto:
@@ -374,7 +376,7 @@ class Residency:
             books = [(i, book) for i, book in enumerate(self._fleet.books) if book.mode.model == model]
             highest = max((book.mode.quality or 0.0 for _, book in books), default=0.0)
             best = sum(1 << i for i, book in books if (book.mode.quality or 0.0) >= highest)
-            classes += [Class(1.0, 1.0, 256.0, 128.0, safe), Class(0.2, 0.2, 256.0, 128.0, best & safe or safe)]
+            classes += [Class(1.0, 1.0, *UNKNOWN_TOKENS, safe), Class(0.2, 0.2, *UNKNOWN_TOKENS, best & safe or safe)]
         return [one for one in classes if one.eligible]
 
     def _plan(self, t_us: int, view: GpuView | None) -> None:
@@ -494,8 +496,11 @@ class Residency:
     def _worth(self, classes: list[Class], *, fast: bool, waiting: Sequence[int] = (), dead: int = 0) -> Worth:
         """`dead`: engines that should be there and are not: their modes serve nothing."""
         gone = self._modes(dead) & ~self._always
+        known = [self._curve(book) for book in self._fleet.books]
+        curves = [curve for curve in known if curve is not None]
+        unknown = _guess(curves)
         return Worth(
-            [None if gone >> i & 1 else self._curve(book) for i, book in enumerate(self._fleet.books)],
+            [None if gone >> i & 1 else curve or unknown for i, curve in enumerate(known)],
             classes,
             self._slowdown,
             fast=fast,
@@ -695,17 +700,20 @@ class Residency:
         )
 
     def _waiting_by(self, classes: list[Class]) -> list[int]:
-        """Of each class, how many wait although no mode that they may use is up."""
+        """Of each class, how many wait although no mode that they may use is up. Adds classes that only wait."""
         counts = [0] * len(classes)
         up = self._fleet.up
+        numbers = {traffic.eligible: i for i, traffic in enumerate(classes)}
         for number, eligible in enumerate(self._waiting()):
             if number >= MAX_WAITING_LOOKED_AT:
                 break
-            if not eligible & up:
-                for i, traffic in enumerate(classes):
-                    if traffic.eligible == eligible:
-                        counts[i] += 1
-                        break
+            if eligible & up:
+                continue
+            if eligible not in numbers:  # so long ago that its class is forgotten
+                numbers[eligible] = len(classes)
+                classes.append(Class(0.0, 0.0, *UNKNOWN_TOKENS, eligible))
+                counts.append(0)
+            counts[numbers[eligible]] += 1
         return counts
 
     def residence_of(self, engine: str) -> tuple[Residence, str]:
@@ -726,6 +734,15 @@ class Residency:
             transition_s=self._transition_us * 1e-6,
             backoff=self._backoff,
         )
+
+
+def _guess(known: Sequence[Curve]) -> Curve:
+    """A mode of which nothing is known: twice as slow as the slowest, so that it comes only where nothing else may."""
+    if not known:
+        return Curve((1.0, 0.0, 0.0), (0.1, 0.0, 0.0), 1, 1 << 40)
+    a0, a1, a2 = (2 * max(curve.ttft_s[i] for curve in known) for i in range(3))
+    c0, c1, c2 = (2 * max(curve.tpot_s[i] for curve in known) for i in range(3))
+    return Curve((a0, a1, a2), (c0, c1, c2), min(curve.num_slots for curve in known), 1 << 40)
 
 
 def _members(subset: int) -> Iterator[int]:

@@ -17,6 +17,7 @@ from msd.core import events as e
 from msd.core.commands import Command
 from msd.core.entry import Phase
 from msd.core.events import Event
+from msd.core.residency import Move
 from msd.core.scheduler import Scheduler
 from msd.domain import CounterReading, Outcome, Request
 from msd.sim.report import Check
@@ -68,6 +69,7 @@ class Checks:
         "liveness",
         "time",
         "no_crash",
+        "residency",
     )
 
     def __init__(self, config: Config, scheduler: Scheduler) -> None:
@@ -106,6 +108,7 @@ class Checks:
             e.Appended: self._on_appended,
             e.EngineUp: self._on_engine_up,
             e.EngineLost: self._on_engine_lost,
+            e.EngineAsleep: self._on_engine_asleep,
         }
         self._on_command: dict[type, Callable[[Any], None]] = {
             c.Append: self._on_append,
@@ -115,7 +118,14 @@ class Checks:
             c.Complete: self._on_complete,
             c.Deliver: self._on_deliver,
             c.Settle: self._on_settle,
+            c.Transit: self._on_transit,
         }
+        self._autos = {engine.name: engine for engine in config.engine if engine.residency == "auto"}
+        self._moving, self._to = "", ""
+        self._moved_us: dict[str, int] = {}
+        """When a plan last moved each engine."""
+        self._moves_seen = 0
+        self._arrived_us = 0
 
     def expect(self, name: str, holds: bool, message: str, *told: object) -> None:
         """Count one look at an invariant; `message` is formatted only when it does not hold."""
@@ -193,9 +203,58 @@ class Checks:
 
     def _on_engine_up(self, event: e.EngineUp) -> None:
         self._up.add(event.info.engine)
+        self._arrive(event.t_us, event.info.engine)
 
     def _on_engine_lost(self, event: e.EngineLost) -> None:
         self._up.discard(event.engine)
+        if event.engine == self._moving and self._to == "resident":
+            self._moving = ""
+
+    def _on_transit(self, command: c.Transit) -> None:
+        """One at a time, never what runs something, never into the reserve, and no way back within two dwells."""
+        engine, planner, config = command.engine, self._scheduler.residency, self._config
+        assert planner is not None, "an engine moves without a plan"
+        self.expect("residency", not self._moving, "{} moves while {} does", engine, self._moving)
+        self._moving, self._to = engine, command.to
+        if command.to != "resident":
+            num = self._running[engine]
+            self.expect("residency", num == 0, "{} leaves with {} requests", engine, num)
+        else:
+            needed = sum(
+                other.gpu_bytes or other.sim.weights_bytes
+                for other in config.engine
+                if other.name in (self._up - {engine}) | {engine}
+            )
+            most = config.telemetry.sim_memory_bytes - config.residency.reserve_bytes
+            self.expect("residency", needed <= most, "{} bytes with {}, of {}", needed, engine, most)
+        if planner.history and planner.figures().num_switches > self._moves_seen:
+            self._moves_seen = planner.figures().num_switches
+            self._look_at_switch(planner.history[-1])
+
+    def _look_at_switch(self, move: Move) -> None:
+        """A switch for gain comes after a dwell, and moves nobody who moved within two; its set keeps a safe mode."""
+        dwell_us = self._config.residency.min_dwell_s * 1e6
+        qualities = {engine.name: engine.quality or 0.0 for engine in self._config.engine}
+        kept = [name for name in qualities if name in move.after or name not in self._autos]
+        self.expect("residency", bool(kept), "{} leaves no mode", move)
+        if move.reason != "gain":
+            return
+        age_us = move.t_us - self._arrived_us
+        self.expect("residency", age_us >= dwell_us, "{} came after {} us", move, age_us)
+        for name in set(move.before) ^ set(move.after):
+            since_us = move.t_us - self._moved_us.get(name, -(1 << 60))
+            self.expect("residency", since_us >= 2 * dwell_us, "{} moves again after {} us", name, since_us)
+
+    def _on_engine_asleep(self, event: e.EngineAsleep) -> None:
+        self._up.discard(event.engine)
+        self._arrive(event.t_us, event.engine)
+
+    def _arrive(self, t_us: int, engine: str) -> None:
+        if engine == self._moving:
+            self._moving = ""
+            self._arrived_us = t_us
+            if self._moves_seen:
+                self._moved_us[engine] = t_us
 
     def _on_tick(self, t_us: int) -> None:
         """Commands of the tick are in the books already: what it expired does not wait any more."""
@@ -288,8 +347,10 @@ class Checks:
         if not fits:
             self._break("masks", "{} must not run on {} (up: {})", (request_id, decision.mode, self._up))
         num_running = self._running[engine] = self._running[engine] + 1
+        entry = self._scheduler.entry(request_id)
+        moves = entry.num_moves if entry is not None else 0
         looked["bounds"] += 1
-        if num_running > self._slots[engine] or command.attempt > self._config.limits.max_attempts:
+        if num_running > self._slots[engine] or command.attempt > self._config.limits.max_attempts + moves:
             self._break("bounds", "{} is one too many on {}", (request_id, engine))
         known.state, known.attempt, known.engine = _RUNNING, command.attempt, engine
 

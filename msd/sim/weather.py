@@ -59,6 +59,8 @@ class Weather(Struct, frozen=True, kw_only=True):
     tick_s: float = 0.02
     max_waiting: int = 20_000
     policy: str = "rules"
+    memory_for: int = 0
+    """Engines may move, and there is memory for so many of them; 0: they stay."""
 
 
 STEADY = Weather(
@@ -112,6 +114,7 @@ def draw(rng: Random, num_requests: int) -> Weather:
         tick_s=rng.uniform(0.02, 0.05),
         max_waiting=rng.choice((20, 100, 20_000)),
         policy=rng.choice(("rules", "rules", "round_robin", "fixed")),
+        memory_for=rng.choice((0, 0, 1, 2)),
     )
 
 
@@ -131,8 +134,17 @@ def default_config(weather: Weather, seed: int) -> Config:
         _engine("int8", slots, "int8", "none", 0.90, quantised),
         _engine("spec", slots, "bf16", "ngram", 0.95, speculating),
     ]
+    residency: dict[str, object] = {}
+    memory_bytes = 80 * 10**9
+    if weather.memory_for:
+        for engine in engines:
+            engine["residency"] = "auto"
+        residency = {"min_dwell_s": 10.0, "plan_interval_s": 2.0, "drain_s": 3.0, "reserve_bytes": 10**9}
+        memory_bytes = weather.memory_for * 2 * 10**9 + 15 * 10**8
     document = {
         "daemon": {"seed": seed},
+        "residency": residency,
+        "telemetry": {"sim_memory_bytes": memory_bytes},
         "model": [{"name": MODEL}],
         "engine": engines,
         "tenant": [{"name": name, "weight": 1 + i % 3} for i, name in enumerate(TENANTS)],

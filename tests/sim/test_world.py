@@ -22,7 +22,7 @@ from msd.core.events import Event
 from msd.core.scheduler import Scheduler
 from msd.domain import Candidate
 from msd.sim.report import Report
-from msd.sim.weather import STEADY, Weather
+from msd.sim.weather import STEADY, Weather, draw
 from msd.sim.world import run_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -205,3 +205,12 @@ def test_a_mutant_is_caught(mutant: type[Scheduler], caught_by: str) -> None:
     assert caught_by in broken(report), broken(report)
     assert report.last_events, "the story before the violation is missing"
     assert broken(run_world(7, NUM_REQUESTS, weather=STORM)) == {}, "the world breaks without the mutant too"
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_engines_that_take_turns_for_memory_lose_no_request(seed: int) -> None:
+    """Memory for one of three: seed 0 once left a request to a mode nobody knew, seed 2 moved one without end."""
+    weather = structs.replace(draw(Random(seed), 300), memory_for=1)
+    report = run_world(seed, 300, weather=weather)
+    assert report.is_ok, [check for check in report.checks if check.num_violations]
+    assert next(check for check in report.checks if check.name == "residency").num_checked > 0
