@@ -17,7 +17,7 @@ _REMEDIES: Final[dict[str, str]] = {
     "idempotency_conflict": "use a new client_request_id for a new request",
     "context_overflow": "shorten the prompt or lower max_tokens",
     "mode_unavailable": "leave the mode to msd, or name one that `msd status` lists",
-    "quality_unreachable": "lower quality_floor",
+    "quality_unreachable": "lower quality_floor (0 takes any mode)",
     "queue_full": "send later",
     "rate_limited": "send later",
     "no_credit": "wait for answers before sending more",
