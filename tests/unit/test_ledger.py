@@ -11,7 +11,8 @@ from msd.core.apportion import apportion
 from msd.core.energy_domain import Coefficients
 from msd.core.idle_power import MIN_SAMPLES, IdleFacts, IdlePower
 from msd.core.ledger import GIVE_UP_US, Accounts, Ledger
-from msd.domain import CounterReading, Energy, EnergySource
+from msd.domain import CounterReading, Energy, EnergySource, GpuView
+from tests.ledger_storm import Storm
 
 MS = 1_000
 S = 1_000_000
@@ -357,3 +358,134 @@ def test_closing_an_interval_with_64_requests_is_quick() -> None:
     assert only(ledger).running_mj == 300 * 17_777
     assert sorted(costs)[150] < 300_000
     print(f"interval close, 64 active: median {sorted(costs)[150] / 1e3:.0f} us, p99 {sorted(costs)[297] / 1e3:.0f} us")
+
+
+# --- what intervals teach --------------------------------------------------------------------------------------------
+
+
+def serve(ledger: Ledger, start_us: int, energy_mj: int, **fields: float) -> None:
+    """One request for 100 ms, whose interval takes so much above the idle 100 W."""
+    request_id = f"r{start_us}"
+    ledger.started(start_us, request_id, "a", 10)
+    ledger.first_token(start_us + 20 * MS, request_id, 0)
+    ledger.ended(start_us + 100 * MS, request_id, "requests", num_tokens=5)
+    ledger.counter(reading(start_us + 100 * MS, energy_mj, **fields))  # type: ignore[arg-type]
+
+
+def test_an_interval_is_one_equation_of_steps_prompt_tokens_and_positions() -> None:
+    ledger = make_ledger()
+    ledger.counter(reading(0, 0))
+    for request_id, num_tokens in (("x", 5), ("y", 5)):
+        ledger.started(0, request_id, "a", 100)
+        ledger.first_token(20 * MS, request_id, 40)
+        ledger.ended(100 * MS, request_id, "requests", num_tokens=num_tokens)
+    ledger.counter(reading(100 * MS, 25_000))
+    [equation] = ledger.take_equations()
+    assert (equation.t_us, equation.energy_mj) == (100 * MS, 15_000)
+    # Two requests in the same five steps: one prefill of 60 tokens each, four decode positions each.
+    assert equation.terms == (("a", 5.0, 120.0, 8.0),)
+    assert ledger.take_equations() == []
+
+
+def test_steps_are_counted_over_the_time_in_which_any_ran() -> None:
+    ledger = make_ledger()
+    ledger.counter(reading(0, 0))
+    for i, start_ms in enumerate((0, 60)):  # one after the other, never together: ten steps
+        ledger.started(start_ms * MS, f"r{i}", "a", 0)
+        ledger.first_token((start_ms + 10) * MS, f"r{i}", 0)
+        ledger.ended((start_ms + 40) * MS, f"r{i}", "requests", num_tokens=5)
+    ledger.counter(reading(100 * MS, 25_000))
+    [equation] = ledger.take_equations()
+    assert equation.terms[0][1] == pytest.approx(10.0)
+
+
+def test_nothing_is_learnt_from_estimates_glitches_engine_starts_or_with_the_idle_power_unknown() -> None:
+    ledger = make_ledger()
+    ledger.counter(reading(0, 50_000, power_w=300.0))
+    serve(ledger, 0, 10, power_w=300.0)  # a reset: estimated
+    serve(ledger, 100 * MS, 10**9, limit_w=700.0)  # a glitch
+    ledger.work_started(200 * MS, "start", "b")
+    serve(ledger, 200 * MS, 10**9 + 30_000)
+    ledger.ended(300 * MS, "start", "wasted", "warmup")
+    serve(ledger, 300 * MS, 10**9 + 60_000, idle_w=None)  # type: ignore[arg-type]
+    assert ledger.take_equations() == []
+    serve(ledger, 400 * MS, 10**9 + 90_000)
+    assert len(ledger.take_equations()) == 1
+    assert only(ledger).requests_mj > 0
+
+
+def test_throttled_intervals_are_charged_and_not_learnt_from() -> None:
+    ledger = make_ledger()
+    ledger.counter(reading(0, 0))
+    ledger.viewed(GpuView(t_us=0, throttle_reasons=("idle",)))
+    serve(ledger, 0, 30_000)
+    assert len(ledger.take_equations()) == 1
+    ledger.viewed(GpuView(t_us=100 * MS, throttle_reasons=("power_cap", "0x1000")))
+    serve(ledger, 100 * MS, 60_000)
+    ledger.viewed(GpuView(t_us=1_100 * MS, throttle_reasons=()))
+    serve(ledger, 1_000 * MS, 600_000)
+    assert ledger.take_equations() == []
+    assert ledger.throttled_us == {"power_cap": 1 * S}
+    serve(ledger, 2_200 * MS, 900_000)
+    assert len(ledger.take_equations()) == 1
+    assert only(ledger).residue_mj == 0
+
+
+def test_equations_carry_the_band_of_the_clock() -> None:
+    ledger = make_ledger()
+    ledger.counter(reading(0, 0))
+    ledger.viewed(GpuView(t_us=0, sm_clock_mhz=1_980))
+    serve(ledger, 0, 30_000)
+    ledger.viewed(GpuView(t_us=100 * MS, sm_clock_mhz=1_410))
+    serve(ledger, 100 * MS, 60_000)
+    assert [equation.clock_band for equation in ledger.take_equations()] == [6, 4]
+
+
+def test_fitted_coefficients_split_the_intervals_from_then_on() -> None:
+    shares = []
+    for costs in (None, {"b": Coefficients(500.0, 5.0, 50.0)}):
+        ledger = Ledger(
+            EnergyConfig(), {"a": Coefficients(1000.0, 10.0, 100.0), "b": Coefficients(1000.0, 10.0, 100.0)}
+        )
+        ledger.counter(reading(0, 0, idle_w=0.0))
+        if costs is not None:
+            ledger.fitted(costs)
+        for mode in ("a", "b"):
+            ledger.started(0, mode, mode, 100)
+            ledger.ended(100 * MS, mode, "requests", num_tokens=5)
+        energies = dict(ledger.counter(reading(100 * MS, 30_000, idle_w=0.0)))
+        shares.append(energies["a"].dynamic_mj / energies["b"].dynamic_mj)
+    assert shares == [1.0, 2.0]
+
+
+def test_estimated_energy_is_a_column_of_its_own_in_every_account() -> None:
+    ledger = make_ledger()
+    ledger.counter(reading(0, 1_000, power_w=200.0, source="estimated"))
+    serve(ledger, 0, 31_000, source="estimated")  # type: ignore[arg-type]
+    ledger.counter(reading(200 * MS, 41_000, source="estimated"))
+    ledger.started(200 * MS, "late", "a", 10)
+    ledger.counter(reading(300 * MS, 61_000, source="estimated"))
+    accounts = only(ledger)
+    assert accounts.estimated_of == {"requests": 30_000, "idle": 10_000, "open": 20_000}
+    assert accounts.estimated_mj == 60_000
+    [booked] = ledger.booked(GPU)
+    assert (booked.energy_mj, booked.estimated_mj, booked.static_mj) == (30_000, 30_000, 10_000)
+
+
+def test_a_counter_in_steps_shorter_than_its_readings_does_not_lower_the_idle_power() -> None:
+    """Steps of 20 ms read every 50 ms show 40 and 60 ms of energy in turn: samples of a second see through it."""
+    ledger = make_ledger()
+    for t in range(0, 12_000, 50):
+        ledger.counter(reading(t * MS, (t // 20) * 20 * 80, idle_w=None))
+    assert only(ledger).idle_w == pytest.approx(80.0, rel=0.03)
+    assert only(ledger).idle.origin == "learnt"
+
+
+def test_a_storm_of_faults_closes() -> None:
+    """The short form of `make bench-energy`, which runs 1,000,000 intervals."""
+    storm = Storm(1)
+    storm.run(10_000)
+    assert storm.num_resets
+    assert storm.num_restarts
+    assert storm.num_glitches
+    assert storm.residue_mj() == 0
