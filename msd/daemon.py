@@ -25,6 +25,7 @@ from msd import decisions, gate, logs, router_file, status
 from msd.clock import MonotonicClock
 from msd.config import Config
 from msd.core import events as e
+from msd.core.certificates import Certificates
 from msd.core.scheduler import Scheduler
 from msd.dispatch import Dispatcher
 from msd.egress import Egress
@@ -129,7 +130,7 @@ class Daemon:
                     tasks,
                     self._describe,
                     decision_log=decision_log,
-                    on_withdrawn=partial(gate.keep_withdrawal, self._withdrawals),
+                    on_withdrawn=self._on_withdrawn,
                 )
                 self._pool = pool = Pool(
                     {
@@ -218,16 +219,17 @@ class Daemon:
         )
         certificates = scheduler.certificates
         for note in certificates.strangers():
-            _log.warning("gate_rows_ignored", file=config.quality.gate, why=note)
-        kept_back = []
+            _log.info("gate_rows_ignored", file=config.quality.gate, why=note)
         for arm, engine in enumerate(config.engine):
             summary = certificates.summary(arm)
-            (_log.info if summary.serves else _log.warning)("mode", mode=engine.name, quality=summary.text)
-            if not summary.serves:
-                kept_back.append(engine.name)
-        if kept_back:
-            self._gated = f"kept back by quality: {', '.join(kept_back)}"
+            (_log.info if summary.serves else _log.warning)("mode_standing", mode=engine.name, quality=summary.text)
+        self._gated = _kept_back(config, certificates)
         return scheduler
+
+    def _on_withdrawn(self, withdrawal: gate.Withdrawal) -> None:
+        """A mode was found worse in production. Raises ConfigError when that cannot be kept."""
+        self._gated = _kept_back(self._config, self._dispatcher.scheduler.certificates)
+        gate.keep_withdrawal(self._withdrawals, withdrawal)
 
     async def _serve(self, tasks: asyncio.TaskGroup, crash: asyncio.Future[None], probes: tuple[GpuProbe, ...]) -> None:
         """From READY to the last answer. Raises what crashed, if something did."""
@@ -353,6 +355,12 @@ class Daemon:
         described = to_builtins(self._status())
         assert isinstance(described, dict)
         return described
+
+
+def _kept_back(config: Config, certificates: Certificates) -> str:
+    """The modes that quality lets serve nothing, for the status line; empty when there is none."""
+    names = [engine.name for arm, engine in enumerate(config.engine) if not certificates.summary(arm).serves]
+    return f"kept back by quality: {', '.join(names)}" if names else ""
 
 
 def _on_loop_exception(

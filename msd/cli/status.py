@@ -179,7 +179,7 @@ def _quality(modes: tuple[ModeReport, ...]) -> list[str]:
         ]
         for mode in told
         for certificate in mode.certificates
-        if certificate.accuracy is not None
+        if certificate.accuracy is not None and certificate.standing != "lossless"
     ]
     if rows:
         head = ["mode", "task", "standing", "right", "95 %", "pairs", "live pairs", "difference", "evidence"]

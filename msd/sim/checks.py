@@ -341,7 +341,10 @@ class Checks:
             engine in self._up
             and (request.model is None or mode.model == request.model)
             and (not request.mode_strict or request.mode_hint == mode.name)
-            and (not request.quality_floor or (mode.quality or 0.0) >= request.quality_floor)
+            and (
+                not request.quality_floor
+                or (self._scheduler.certificates.accuracy(arm, request.task) or 0.0) >= request.quality_floor
+            )
             and request.num_prompt_tokens + request.max_tokens <= (book.max_model_len or 0)
         )
         if not fits:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from msd import gate
-from msd.config import Config, InvalidConfigError, load
+from msd.config import Config, InvalidConfigError, load, parse
+from msd.daemon import Daemon
 from msd.errors import ConfigError
 from msd.gate import Withdrawal
-from msd.recipe import fingerprint, is_lossless, recipe_hash
+from msd.recipe import fingerprint, is_lossless, recipe_hash, recipe_hashes
 from tests.unit.core_world import gate_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +31,7 @@ gate = "gate.json"
 WITHDRAWAL = Withdrawal(mode="m1", recipe="m1", task="copy", gate="c", num_pairs=9, difference=-0.1, capital=21.0)
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_the_testbeds_gate_file_is_intact_and_fits_its_models() -> None:
         assert rows == {recipe_hash(engine, demo, ROOT / "testbed")}, "the derivation of INT8 weights has changed"
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------------------------
 
 
 def config_of(**engine: object) -> Config:
@@ -184,7 +186,7 @@ def test_what_is_lossless(engine: dict[str, object], lossless: bool) -> None:
     assert is_lossless(config_of(**engine).engine[0]) is lossless
 
 
-# --- withdrawals -----------------------------------------------------------------------------------------------------
+# --- withdrawals ----------------------------------------------------------------------------------------------------
 
 
 def test_withdrawals_are_kept_and_read_again(tmp_path: Path) -> None:
@@ -201,3 +203,49 @@ def test_a_torn_file_of_withdrawals_is_refused(tmp_path: Path) -> None:
     file.write_text('{"mode": "m1"')
     with pytest.raises(ConfigError, match="found worse in production"):
         gate.load_withdrawals(file)
+
+
+# --- the daemon -----------------------------------------------------------------------------------------------------
+
+REAL = """
+[daemon]
+state_dir = "state"
+[[model]]
+name = "toy"
+path = "model"
+[[engine]]
+name = "m0"
+model = "toy"
+[[engine]]
+name = "m1"
+model = "toy"
+precision = "int8"
+"""
+
+
+def test_the_daemon_says_at_its_start_which_modes_are_kept_back_and_why(folder: Path) -> None:
+    daemon = Daemon(parse(REAL, file="config.toml", base_dir=folder), folder)
+    with capture_logs() as logged:
+        scheduler = daemon._scheduler(None)
+    assert [(line["mode"], line["quality"], line["log_level"]) for line in logged] == [
+        ("m0", "reference", "info"),
+        ("m1", "not measured: there is no gate file (run `msd gate`)", "warning"),
+    ]
+    assert daemon._gated == "kept back by quality: m1"
+    assert scheduler.certificates.reference == 0
+
+
+def test_the_daemon_remembers_what_it_withdrew(folder: Path) -> None:
+    fingerprint.cache_clear()
+    config = parse(REAL + '[quality]\ngate = "gate.json"\n', file="config.toml", base_dir=folder, look_at_gate=False)
+    recipes = recipe_hashes(config, folder)
+    made = gate_of({"m1": {"copy": "certified", "*": "certified"}}, reference_recipe=recipes["m0"])
+    rows = tuple(msgspec.structs.replace(row, recipe=recipes[row.mode]) for row in made.rows)
+    signed = gate.write(folder / "gate.json", msgspec.structs.replace(made, rows=rows))
+    assert Daemon(config, folder)._scheduler(None).certificates.summary(1).text == "certified"
+    gone = msgspec.structs.replace(WITHDRAWAL, recipe=recipes["m1"], gate=signed.checksum)
+    gate.keep_withdrawal(folder / "state" / "withdrawn.jsonl", gone)
+    again = Daemon(config, folder)
+    text = again._scheduler(None).certificates.summary(1).text
+    assert text == "withdrawn in production on copy after 9 pairs (-10.0 points)"
+    assert again._gated == "kept back by quality: m1"
