@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,52 @@ def test_adding_a_policy_goes_as_the_page_says(copy: Path) -> None:
 
 
 REGISTERED = re.findall(r'^    "\w+": \w+,$', (REPOSITORY / "msd/policy/__init__.py").read_text(), re.MULTILINE)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(400)
+def test_adding_a_mode_goes_as_the_page_says(tmp_path: Path) -> None:
+    for name in ("msd", "testbed"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "testbed").symlink_to(REPOSITORY / "build" / "testbed")
+    [config] = blocks("add-a-mode.md", "toml")
+    (tmp_path / "mine.toml").write_text(config)
+    modes, certify, check, serve, use = blocks("add-a-mode.md", "sh")
+    assert "int8_w8a8" in follow(modes, tmp_path)
+    said = follow(certify, tmp_path, timeout_s=200)
+    assert "certified" in said
+    checked = follow(check, tmp_path)
+    assert "no errors" in checked
+    assert "compressed" in checked or "tiny-large-int8" in checked
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "MSD_ENDPOINT": f"ipc://{tmp_path}/msd.sock",
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "RUNTIME_DIRECTORY": str(tmp_path / "run"),
+    }
+    words = serve.replace(".venv/bin/msd", f"{sys.executable} -m msd").split()
+    with (tmp_path / "serve.log").open("wb") as log:
+        daemon = subprocess.Popen(words, cwd=tmp_path, env=environ, stderr=log)
+    try:
+        end_s = time.monotonic() + 150
+        while b"engine=int8 pids" not in (said_so := (tmp_path / "serve.log").read_bytes()) and (
+            b'"engine_up"' not in said_so or b'"int8"' not in said_so.split(b'"engine_up"')[-1]
+        ):
+            assert daemon.poll() is None, said_so.decode()[-2000:]
+            assert time.monotonic() < end_s, "the engines did not come up"
+            time.sleep(0.5)
+        done = subprocess.run(
+            ["bash", "-eu", "-c", use.replace(".venv/bin/msd", f"{sys.executable} -m msd")],
+            cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "kdwa" in done.stdout
+        assert "int8" in done.stdout + done.stderr
+        daemon.send_signal(signal.SIGINT)
+        assert daemon.wait(30) == 0
+    finally:
+        if daemon.poll() is None:
+            daemon.kill()
+            daemon.wait()

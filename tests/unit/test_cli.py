@@ -251,7 +251,9 @@ def test_a_broken_check_is_exit_1_and_tells_the_story(
     broken = Check(name="conservation", num_checked=5, num_violations=1, violations=("one request is missing",))
     monkeypatch.setattr(
         "msd.sim.world.run_world",
-        lambda seed, requests: msgspec.structs.replace(report, checks=(broken,), last_events=("Submitted r1",)),
+        lambda seed, requests, weather: msgspec.structs.replace(
+            report, checks=(broken,), last_events=("Submitted r1",)
+        ),
     )
     assert cli.main(["sim"]) == EXIT_NO
     out = capsys.readouterr().out
