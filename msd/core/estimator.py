@@ -34,7 +34,7 @@ _LOOSER = 20.0
 """P grows by this then: at lambda 0.995 the old engine would be believed for 200 more requests."""
 _FROZEN = 3
 """Requests after a start that teach no times: graphs and caches warm up."""
-_SETTLED = 100
+_SETTLED = 50
 _LEARN_EVERY_US = 25_000
 """A mode that has seen so many learns times at most so often: learning is a fifth of what a request costs the core."""
 _ENERGY_ALPHA = 0.05
@@ -80,7 +80,7 @@ class Fit:
         y = self.a + self.b * x1 + self.c * x2
         return y if y > FLOOR_MS else FLOOR_MS
 
-    def learn(self, x1: float, x2: float, y: float) -> None:
+    def learn(self, x1: float, x2: float, y: float, weight: float = 1.0) -> None:
         a, b, c = self.a, self.b, self.c
         predicted = a + b * x1 + c * x2
         if predicted < FLOOR_MS:
@@ -104,7 +104,7 @@ class Fit:
         g0 = p00 * h0 + p01 * h1 + p02 * h2
         g1 = p01 * h0 + p11 * h1 + p12 * h2
         g2 = p02 * h0 + p12 * h1 + p22 * h2
-        inverse = 1.0 / (_LAMBDA + h0 * g0 + h1 * g1 + h2 * g2)
+        inverse = weight / (_LAMBDA + weight * (h0 * g0 + h1 * g1 + h2 * g2))
         k0, k1, k2 = g0 * inverse, g1 * inverse, g2 * inverse
         error = (y - predicted) * h0
         a += k0 * error
@@ -190,16 +190,16 @@ class Corrections:
     def __init__(self) -> None:
         self.rows = [[1.0] * PROMPT_CELLS for _ in range(_BATCH_CELLS)]
         self._logs = [[0.0] * PROMPT_CELLS for _ in range(_BATCH_CELLS)]
-        self._nums = [[0] * PROMPT_CELLS for _ in range(_BATCH_CELLS)]
+        self._nums = [[0.0] * PROMPT_CELLS for _ in range(_BATCH_CELLS)]
 
-    def learn(self, batch: int, prompt: int, ratio: float) -> None:
+    def learn(self, batch: int, prompt: int, ratio: float, weight: float = 1.0) -> None:
         """`ratio`: measured over predicted without this correction."""
         nums, logs = self._nums[batch], self._logs[batch]
-        n = nums[prompt] = nums[prompt] + 1
-        alpha = 1.0 / n
+        n = nums[prompt] = nums[prompt] + weight
+        alpha = 1.0 / n if n * _CELL_ALPHA < 1.0 else _CELL_ALPHA
         step = log(ratio) if ratio > 1e-3 else -_CELL_MOST
         step = _CELL_MOST if step > _CELL_MOST else -_CELL_MOST if step < -_CELL_MOST else step
-        logs[prompt] += (alpha if alpha > _CELL_ALPHA else _CELL_ALPHA) * (step - logs[prompt])
+        logs[prompt] += alpha * weight * (step - logs[prompt])
         self.rows[batch][prompt] = exp(logs[prompt] * n / (n + _CELL_SHRINK))
 
 
@@ -238,7 +238,7 @@ class Sharing:
         low = int(num_others)
         return self.factors[low] + (num_others - low) * (self.factors[low + 1] - self.factors[low])
 
-    def learn(self, num_others: float, ratio: float) -> None:
+    def learn(self, num_others: float, ratio: float, weight: float = 1.0) -> None:
         """`ratio`: measured over what the mode alone would take."""
         if num_others < _ALONE:
             return
@@ -248,16 +248,19 @@ class Sharing:
             low, part = _SHARERS_MOST - 1, 1.0
         error = (ratio if ratio < _FACTOR_MAX else _FACTOR_MAX) - self.at(num_others)
         if low:
-            self._move(low, 1.0 - part, error)
-        self._move(low + 1, part, error)
+            self._move(low, 1.0 - part, weight, error)
+        self._move(low + 1, part, weight, error)
 
-    def _move(self, i: int, weight: float, error: float) -> None:
+    def _move(self, i: int, part: float, weight: float, error: float) -> None:
         factors = self.factors
         if i > self._most:
-            if weight < 0.5:
+            if part < 0.5:
                 return
             self._most = i
             factors[i] = factors[i - 1]
+        weight *= part
+        if not weight:
+            return
         num = self._nums[i] = self._nums[i] + weight
         gain = 0.5 / num
         factor = factors[i] + weight * (gain if gain > _SHARING_ALPHA else _SHARING_ALPHA) * error

@@ -20,6 +20,7 @@ from msd.domain import Decision, Energy, FinishReason, Observation
 
 UNSETTLED_KEPT = 4_096
 _EOS_ALPHA = 0.1
+_WEIGHT_PER_TOKEN = 1 / 16
 
 
 class Feedback:
@@ -108,10 +109,12 @@ class Feedback:
         if finish_reason == "stop":
             tpot_ms = max(tpot_ms - estimate.eos_step_ms / (num_tokens - 1), 0.1 * tpot_ms)
         predicted_ms = estimate.tpot_ms(num_beside, tokens_beside) * slow
-        estimate.tpot_cells.learn(row, cell, tpot_ms / predicted_ms)
+        # Of few tokens it is little but noise; with speculation both of two may come in one step, in no time.
+        weight = (num_tokens - 1) * _WEIGHT_PER_TOKEN if num_tokens <= 1.0 / _WEIGHT_PER_TOKEN else 1.0
+        estimate.tpot_cells.learn(row, cell, tpot_ms / predicted_ms, weight)
         num_beside_mean, tokens_mean, _, num_busy_mean = entry.averages
-        sharing.learn(num_busy_mean, tpot_ms / estimate.tpot_ms(num_beside_mean, tokens_mean))
-        estimate.tpot.learn(num_beside_mean, tokens_mean * 1e-4, tpot_ms / sharing.at(num_busy_mean))
+        sharing.learn(num_busy_mean, tpot_ms / estimate.tpot_ms(num_beside_mean, tokens_mean), weight)
+        estimate.tpot.learn(num_beside_mean, tokens_mean * 1e-4, tpot_ms / sharing.at(num_busy_mean), weight)
 
     def settled(self, request_id: str, energy: Energy | None, out: list[Command]) -> None:
         """The request's energy is known, or will never be (None)."""

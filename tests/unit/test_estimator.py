@@ -152,6 +152,16 @@ def test_a_profile_weighs_more_than_a_warm_up() -> None:
     assert abs(measured.at(1.0, 1.0) - 16.0) < 0.5 * abs(guessed.at(1.0, 1.0) - 16.0)
 
 
+def test_an_observation_of_little_weight_moves_a_line_little() -> None:
+    light, heavy = Fit(10.0), Fit(10.0)
+    for line in (light, heavy):
+        for _ in range(20):
+            line.learn(1.0, 0.0, 10.0)
+    light.learn(1.0, 0.0, 12.0, 1 / 16)
+    heavy.learn(1.0, 0.0, 12.0)
+    assert 0.0 < light.at(1.0) - 10.0 < 0.2 * (heavy.at(1.0) - 10.0)
+
+
 # --- corrections -----------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +260,7 @@ def test_the_first_requests_after_a_start_teach_no_times() -> None:
 
 def test_who_has_learnt_much_learns_at_intervals() -> None:
     estimate = ModeEstimate()
-    for _ in range(100):
+    for _ in range(50):
         assert estimate.is_due(0)
         estimate.ttft.learn(0.1, 0.0, 10.0)
     assert [estimate.is_due(t_us) for t_us in (1, 24_999, 25_000, 25_001, 60_000)] == [False, False, True, False, True]
