@@ -381,7 +381,7 @@ def _render_log(folder: str, summary: LogSummary, rows: Sequence[LogScore]) -> l
         ),
         "",
     ]  # fmt: skip
-    if summary.is_deterministic:
+    if not summary.drawing:
         return [
             *lines,
             "The policy that made this log does not draw (propensity 1): of decisions that differ, nothing was "
@@ -390,7 +390,8 @@ def _render_log(folder: str, summary: LogSummary, rows: Sequence[LogScore]) -> l
         ]
     return [
         *lines,
-        "estimated from what was measured, weighted by 1 / propensity (SNIPS; in brackets IPS, effective samples)",
+        f"estimated from what was measured of decisions by {', '.join(summary.drawing)}, weighted by 1 / propensity "
+        "(SNIPS; in brackets IPS, effective samples)",
         *table(
             ["policy", "E2EL ms", "energy mJ", "SLO kept", "mean weight"],
             [

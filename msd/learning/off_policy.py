@@ -96,7 +96,8 @@ class LogSummary(Struct, frozen=True, kw_only=True):
     """Left out: producers asked for the mode."""
     policies: tuple[str, ...]
     modes: tuple[str, ...]
-    is_deterministic: bool
+    drawing: tuple[str, ...]
+    """Of the policies those that draw: only on their decisions can an estimate from measured outcomes rest."""
     simulated: bool
 
 
@@ -133,8 +134,19 @@ def summarise(log: Sequence[Trial]) -> LogSummary:
         num_hinted=len(log) - len(free),
         policies=tuple(dict.fromkeys(trial.decision.policy for trial in log)),
         modes=tuple(dict.fromkeys(mode.name for trial in log for mode in trial.modes)),
-        is_deterministic=all(trial.decision.propensity >= _CERTAIN for trial in free),
+        drawing=drawing_policies(free),
         simulated=any(mode.simulated for trial in log for mode in trial.modes),
+    )
+
+
+def drawing_policies(log: Sequence[Trial]) -> tuple[str, ...]:
+    """The policies in the log that were ever less than certain of a choice."""
+    return tuple(
+        dict.fromkeys(
+            trial.decision.policy
+            for trial in log
+            if trial.decision.propensity < _CERTAIN and trial.decision.reason != HINTED
+        )
     )
 
 
@@ -188,12 +200,15 @@ def _score(name: str, log: Sequence[Trial], arms: Sequence[int], *, is_logged: b
             num_slo += 1
     observed = [(trial, arm) for trial, arm in zip(log, arms, strict=True) if trial.e2el_ms is not None]
     agrees = [arm == trial.arm for trial, arm in observed]
-    can_weigh = is_logged or any(trial.decision.propensity < _CERTAIN for trial in log)
-    weights = [
-        (1.0 if is_logged else 1.0 / trial.decision.propensity) if same else 0.0
+    # Only what policies that draw have logged: of the others' decisions no weight makes up for what they never try.
+    drawing = drawing_policies(log)
+    weighed = [
+        (trial, (1.0 if is_logged else 1.0 / trial.decision.propensity) if same else 0.0)
         for (trial, _), same in zip(observed, agrees, strict=True)
+        if trial.decision.policy in drawing
     ]
-    seen = [trial for trial, _ in observed]
+    seen = [trial for trial, _ in weighed]
+    weights = [weight for _, weight in weighed]
     return LogScore(
         name=name,
         num_decisions=len(log),
@@ -205,10 +220,10 @@ def _score(name: str, log: Sequence[Trial], arms: Sequence[int], *, is_logged: b
         num_energy_violations=num_energy,
         num_slo_violations=num_slo,
         matched_share=fmean(agrees) if agrees else 0.0,
-        mean_weight=fmean(weights) if can_weigh and weights else None,
-        e2el_ms=_estimate([t.e2el_ms for t in seen], weights) if can_weigh else None,
-        energy_mj=_estimate([_energy(t) for t in seen], weights) if can_weigh else None,
-        slo_met=_estimate([_kept(t) for t in seen], weights) if can_weigh else None,
+        mean_weight=fmean(weights) if weights else None,
+        e2el_ms=_estimate([t.e2el_ms for t in seen], weights),
+        energy_mj=_estimate([_energy(t) for t in seen], weights),
+        slo_met=_estimate([_kept(t) for t in seen], weights),
     )
 
 

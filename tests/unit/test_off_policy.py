@@ -144,6 +144,7 @@ def test_an_unequal_choice_counts_fewer_effective_samples_than_it_matches() -> N
 def test_the_log_itself_is_its_plain_mean() -> None:
     seen = log(500)
     score = off_policy.evaluate("logged", None, seen)
+    assert off_policy.summarise(seen).drawing == ("skewed",)
     assert score.e2el_ms is not None
     assert score.e2el_ms.ips == pytest.approx(fmean(trial.e2el_ms or 0.0 for trial in seen))
     assert (score.matched_share, score.mean_weight, score.e2el_ms.effective_samples) == (1.0, 1.0, 500.0)
@@ -151,12 +152,20 @@ def test_the_log_itself_is_its_plain_mean() -> None:
 
 def test_a_log_without_draws_gives_no_estimate_but_the_share_that_agrees() -> None:
     seen = log(300, draws=False)
-    assert off_policy.summarise(seen).is_deterministic
+    assert off_policy.summarise(seen).drawing == ()
     for policy, share in (("int8", 1.0), ("int4", 0.0)):
         score = off_policy.evaluate("", fixed(policy), seen)
         assert (score.matched_share, score.mean_weight) == (share, None)
         assert (score.e2el_ms, score.energy_mj, score.slo_met) == (None, None, None)
         assert score.speedup is not None
+
+
+def test_estimates_rest_only_on_what_a_policy_that_draws_has_logged() -> None:
+    drawn, sure = log(400), log(400, draws=False, seed=2)
+    sure = [Trial(t.modes, structs.replace(t.decision, policy="sure"), t.observation, t.since_receipt_ms) for t in sure]
+    alone, mixed = (off_policy.evaluate("", fixed("int8"), seen) for seen in (drawn, [*drawn, *sure]))
+    assert (mixed.e2el_ms, mixed.mean_weight) == (alone.e2el_ms, alone.mean_weight)
+    assert mixed.matched_share > alone.matched_share
 
 
 # --- predictions -----------------------------------------------------------------------------------------------------
