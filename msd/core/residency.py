@@ -35,8 +35,8 @@ from msd.profile import ModeProfile, Profile
 
 ENUMERATED = 10
 """Up to this many engines all sets are looked at; beyond, neighbours of the present one."""
-MAX_EVALUATIONS = 120
-"""Sets judged per plan: about 2 ms."""
+MAX_EVALUATIONS = 64
+"""Sets judged per plan, which is most of its cost."""
 MAX_WEIGHED = 12
 """Of the best ones, whose transition is priced."""
 NOISE = 0.03
