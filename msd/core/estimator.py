@@ -221,9 +221,10 @@ class Sharing:
     Between whole numbers it is interpolated, since an average over a request's life lies there. `factors[0]` is 1.
     """
 
-    __slots__ = ("_most", "_nums", "factors")
+    __slots__ = ("_between", "_most", "_nums", "factors")
 
     def __init__(self) -> None:
+        self._between: dict[int, tuple[float, float, float, float]] = {}
         self.factors = [1.0] * (_SHARERS_MOST + 1)
         self._nums = [0.0] * (_SHARERS_MOST + 1)
         self._most = 0
@@ -238,10 +239,22 @@ class Sharing:
         low = int(num_others)
         return self.factors[low] + (num_others - low) * (self.factors[low + 1] - self.factors[low])
 
+    def between(self, num_busy: int) -> tuple[float, float, float, float]:
+        """With so many busy engines: the factor of one more and of one of them, and the shares of speed that are lost.
+
+        Lost: by those that are busy if one more engine is, and by the others while one of them stays busy.
+        """
+        known = self._between.get(num_busy)
+        if known is None:
+            more, now, fewer = self.at(num_busy), self.at(num_busy - 1), self.at(num_busy - 2)
+            known = self._between[num_busy] = more, now, 1.0 - now / more, 1.0 - fewer / now
+        return known
+
     def learn(self, num_others: float, ratio: float, weight: float = 1.0) -> None:
         """`ratio`: measured over what the mode alone would take."""
         if num_others < _ALONE:
             return
+        self._between.clear()
         low = int(num_others)
         part = num_others - low
         if low >= _SHARERS_MOST:

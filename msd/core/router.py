@@ -46,9 +46,8 @@ class Router:
         ends_itself = not request.ignore_eos and expected < request.max_tokens
         cell = prompt_cell(prompt)
         # What sharing the GPU costs: this request, and those that run on other engines.
-        num_all, num_busy, slow = fleet.num_running, fleet.num_busy, fleet.sharing.at
-        slow_idle, slow_busy = slow(num_busy), slow(num_busy - 1)
-        lost_idle, lost_busy = 1.0 - slow_busy / slow_idle, 1.0 - slow(num_busy - 2) / slow_busy
+        num_all = fleet.num_running
+        slow_idle, slow_busy, lost_idle, lost_busy = fleet.sharing.between(fleet.num_busy)
         left_ms = (fleet.end_us - num_all * t_us) * 0.001
         made = []
         some_in_time = False
@@ -87,7 +86,10 @@ class Router:
                             others_left_ms = left_ms - beside_left_ms - others * (e2el_ms - longer_ms)
                             delay_ms += _lost_ms(others * longer_ms, others_left_ms, lost_busy)
                 else:
-                    queue_ms = book.wait_ms(t_us)
+                    # As in `ModeBook.wait_ms`, which knows the rest: nobody waits for it, and somebody is about to end.
+                    queue_ms = 0.0 if book.num_parked or not beside.ends else (beside.ends[0] - t_us) * 0.001
+                    if queue_ms <= 0.0:
+                        queue_ms = book.wait_ms(t_us)
                     ttft_ms += queue_ms
                     e2el_ms += queue_ms
             else:
