@@ -34,7 +34,7 @@ testbed: setup ## derive the INT8 variants of the tiny trained models (seconds)
 	@$(PY) -m testbed.int8 --all
 
 .PHONY: demo
-demo: setup testbed ## three modes on three live engines, a 30 s bursty load, a table to read
+demo: setup testbed ## four modes on four live engines, a 30 s bursty load, a table to read
 	@$(BIN)/msd demo $(ARGS)
 
 ##@ checks and tests

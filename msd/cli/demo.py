@@ -1,4 +1,4 @@
-"""`msd demo`: three modes on three live engines, a burst of requests over ZeroMQ, and a table that explains itself."""
+"""`msd demo`: four modes on four live engines, a burst of requests over ZeroMQ, and a table that explains itself."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def add_to(commands: Commands) -> None:
     """Add `demo` to the command line."""
     parser = commands.add_parser(
         "demo",
-        help="start three engines, fire a burst of requests, show what became of them",
-        description="Start a daemon of its own with three modes on three live vLLM engines, fire bursty load at it "
+        help="start four engines, fire a burst of requests, show what became of them",
+        description="Start a daemon of its own with four modes on four live vLLM engines, fire bursty load at it "
         "over ZeroMQ, show progress, and end with a table. Ctrl-C stops everything. Needs the repository's testbed "
         "models (make testbed).",
     )

@@ -292,8 +292,8 @@ class CostConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     energy_ratio_max: Annotated[
         Ratio,
         Meta(
-            description="A mode may take at most this many times the energy of its model's first mode of full precision "
-            "without speculation, unless nothing else is left. 0: no bound."
+            description="A mode may take at most this many times the energy of its model's first mode of full "
+            "precision without speculation, unless nothing else is left. 0: no bound."
         ),
     ] = 0.0
 

@@ -6,7 +6,6 @@ from enum import IntEnum
 
 from msd.domain import Decision, Request
 
-
 YIELDING = -2
 """In place of the mode that a request is parked for: it lets others go first, as the policy wants it."""
 

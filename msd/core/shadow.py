@@ -129,7 +129,7 @@ class Shadows:
 
 
 def loss(trial: Trial) -> float:
-    """How the mode fared: mean difference of scored pairs, else less the share of answers that disagree. NaN: no pair."""
+    """How the mode fared: mean difference of scored pairs, else minus the share that disagrees. NaN: no pair."""
     if trial.num_scored:
         return trial.sum_difference / trial.num_scored
     return -trial.num_disagree / trial.num_pairs if trial.num_pairs else nan

@@ -1,4 +1,4 @@
-"""Is a mode as good as the reference? Tests by betting, valid at whatever moment one looks (modeswitch spec, section 5).
+"""Is a mode as good as the reference? Tests by betting, valid whenever one looks (modeswitch spec, section 5).
 
 Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting" (JRSS-B 2024): a capital that starts
 at 1 and bets on each pair against "the mean is (not) that low" can only grow beyond 1 / alpha by chance with

@@ -203,7 +203,7 @@ def test_the_simulated_demo_explains_itself() -> None:
     output, error = process.communicate(timeout=90)
     assert process.returncode == EXIT_OK, error
     assert output.startswith("SIMULATED")
-    for word in ("1. starting the daemon", "2. starting 3 engines", "3. firing 4 s", "4. stopping", "why", "errors:",
+    for word in ("1. starting the daemon", "2. starting 4 engines", "3. firing 4 s", "4. stopping", "why", "errors:",
                  "= the counter", "Files", "Next"):  # fmt: skip
         assert word in output
     assert re.search(r"^all +\d+ +\d+% +- +[\d,]+ / [\d,]+ ", output, re.MULTILINE), "simulated answers are not graded"
@@ -219,8 +219,8 @@ def test_the_demo_as_json() -> None:
     result = json.loads(output)
     assert result["simulated"] is True
     assert result["report"]["total"]["by_status"]["finished"] > 0
-    assert {mode["mode"] for mode in result["status"]["modes"]} == {"bf16", "int8", "ngram"}
-    assert "2. starting 3 engines" in error
+    assert {mode["mode"] for mode in result["status"]["modes"]} == {"bf16", "int8", "ngram", "small"}
+    assert "2. starting 4 engines" in error
 
 
 @pytest.mark.slow

@@ -54,13 +54,13 @@ def gate_of(
 ) -> GateFile:
     """A gate file over modes whose recipe is their name: the verdict per mode and task, and the reference's rows."""
     tasks = {task for row in verdicts.values() for task in row} | {ALL_TASKS}
-    passed = {reference: dict.fromkeys(tasks, "certified"), **verdicts}
+    passed: dict[str, dict[str, Verdict]] = {reference: dict.fromkeys(tasks, "certified"), **verdicts}
     rows = tuple(
         GateRow(
             mode=mode,
             recipe=mode,
             task=task,
-            verdict=verdict,  # type: ignore[arg-type]
+            verdict=verdict,
             num_pairs=1_000,
             num_differ=10,
             accuracy=0.95,

@@ -203,13 +203,23 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
     return dict(action.choices)
 
 
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Its long options, and those of the words below it (`msd report profile`)."""
+    options = {o for action in parser._actions for o in action.option_strings if o.startswith("--")} - {"--help"}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                options |= options_of(inner)
+    return options
+
+
 def test_the_reference_page_names_every_command_and_option_and_no_other() -> None:
     page = (ROOT / "docs" / "reference" / "cli.md").read_text()
     parts = re.split(r"^## msd ([\w-]+)$", page, flags=re.MULTILINE)
     documented = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert set(documented) == set(subparsers())
     for name, parser in subparsers().items():
-        options = {o for action in parser._actions for o in action.option_strings if o.startswith("--")} - {"--help"}
+        options = options_of(parser)
         assert set(re.findall(r"^\| `(--[a-z-]+)", documented[name], re.MULTILINE)) == options, name
 
 
