@@ -3,7 +3,7 @@
     TTFT = a0 + a1 * n    latency = TTFT + c0 * (O - 1) + step * [ends by EOS]    E = w_pre * TTFT + w_dec * decoding
 
 n = prompt tokens that no cache holds, O = output tokens, alone on the GPU. Rows are divided by what was measured, so
-that errors are relative; coefficients are never negative: those that would be are dropped, the rest is fitted again.
+that errors are relative; coefficients are never negative.
 `step` is the uncounted decode step of an answer that ends by itself: leaving it out triples the error of short answers.
 """
 
@@ -14,6 +14,7 @@ from math import exp, log, sqrt
 
 import numpy as np
 from msgspec import Struct, structs
+from scipy.optimize import nnls
 
 REPEAT_NOISE = 0.04
 """By how much the same run differs from one day to the next (the published live run against the sweep)."""
@@ -146,17 +147,11 @@ def _fit(rows: Sequence[Shape]) -> ModeLines:
 
 def _relative(columns: Sequence[Sequence[float]], y: Sequence[float]) -> list[float]:
     """Least squares of (x @ c - y) / y with c >= 0, x by its columns; all 0 without rows."""
-    measured = np.asarray(y)
-    scaled = np.asarray(columns).T / measured[:, None]
-    kept = list(range(scaled.shape[1]))
-    ones = np.ones(len(measured))
-    while kept:
-        solved = np.linalg.lstsq(scaled[:, kept], ones, rcond=None)[0]
-        found = dict(zip(kept, map(float, solved), strict=True))
-        kept = [column for column, value in found.items() if value >= 0]
-        if len(kept) == len(found):
-            return [found.get(column, 0.0) for column in range(scaled.shape[1])]
-    return [0.0] * scaled.shape[1]
+    if not y:
+        return [0.0] * len(columns)
+    measured = np.asarray(y, dtype=float)
+    solved, _ = nnls(np.asarray(columns, dtype=float).T / measured[:, None], np.ones(len(measured)))
+    return [float(value) for value in solved]
 
 
 def _rms(errors: Sequence[float]) -> float:
