@@ -43,8 +43,8 @@ from tests.bench.vllm_engines import ENVIRON, MODEL, MODEL_NAME, require_vllm
 TARGET = "estimator"
 BAR_E2EL, BAR_ENERGY = 20.0, 10.0
 NUM_TAUGHT = 200
-RATE_PER_S, BURST_FACTOR, BURST_S, CALM_S = 10.0, 4.0, 2.0, 4.0
-"""Mean rate, and how much more comes in bursts than in between; 2 cores serve some 40 of these a second."""
+RATE_PER_S, BURST_FACTOR, BURST_S, CALM_S = 6.0, 3.0, 2.0, 4.0
+"""Mean rate, and how much more comes in bursts than in between."""
 START_S, STOP_S, ANSWER_S = 300.0, 60.0, 120.0
 MAX_REPEATS = 3
 UTILISATIONS = (0.3, 0.6, 0.9)
