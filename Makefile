@@ -103,9 +103,10 @@ bench-energy: setup ## measure the energy ledger alone
 	@$(PY) -m tests.bench energy $(ARGS)
 
 .PHONY: docs
-docs: setup ## write the config reference and the performance page anew
+docs: setup ## write the config reference and the pages of figures anew
 	@$(PY) -m msd.config --write-docs docs/reference/config.md
 	@$(PY) -m tests.bench --write-docs docs/reference/performance.md
+	@$(PY) -m tests.bench --suite modeswitch --write-docs docs/reference/modeswitch.md
 
 ##@ rarely
 

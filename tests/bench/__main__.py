@@ -110,7 +110,7 @@ def _write_docs(file: Path, suite: str) -> int:
     if not results:
         say(f"nothing in {RESULTS}: measure first")
         return 1
-    file.write_text(page.render(results), encoding="utf-8")
+    file.write_text(page.render(results, suite), encoding="utf-8")
     say(f"{file}: {len(results)} targets")
     return 0
 

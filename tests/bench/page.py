@@ -28,12 +28,28 @@ def show(result: Result, console: Console) -> None:
     console.print(table)
 
 
-def render(results: list[Result]) -> str:
-    """Return the page."""
-    lines = [
+INTROS = {
+    "spine": [
         "# Performance",
         "",
         "`make bench` measures these figures into `build/bench/*.json`, and `make docs` writes this page from there.",
+    ],
+    "modeswitch": [
+        "# The mode switch, measured",
+        "",
+        "`make bench-modeswitch` measures these figures into `build/bench/*.json`, and `make docs` writes this page from",
+        "there. `replay` and `learned` replay published measurements of one A100 (attribution: msd/data/modeswitch);",
+        "`gate`, `residency`, `energy` and `bursts` are simulated; `decision`, `estimator` and `cpu_modes` run here, on",
+        "CPU engines with tiny models where they run engines at all. Nothing on this page was measured on a GPU:",
+        "`make gpu` does that, where there is one.",
+    ],
+}
+
+
+def render(results: list[Result], suite: str = "spine") -> str:
+    """Return the page of a suite."""
+    lines = [
+        *INTROS[suite],
         "Each is the median of its repeats unless its name says otherwise, with their interquartile range beside it; a",
         "missed bar stands as a miss. Figures depend on what else the machine did: what others kept busy just before a",
         "target began is named with it.",
