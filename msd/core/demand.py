@@ -1,17 +1,22 @@
 """What traffic asks for: rates per coarse class (prompt x output x modes allowed), over 30 s and over 300 s.
 
-Counting a request is one dict look-up; averages are made when a plan is.
+Beside the rates it knows how far the whole of them swings: a queue costs more in a burst than it saves in a lull, so
+that the mean rate alone says too little. Counting a request is one dict look-up; averages are made when a plan is.
 """
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, sqrt
 
 from msgspec import Struct
 
 FAST_S, SLOW_S = 30.0, 300.0
 MAX_CLASSES = 12
 """More are merged into the largest one of the same modes: a plan's cost grows with them."""
+_CHANCE = 1.5
+"""How much of the rate's variance is put down to chance, in variances of Poisson arrivals: 1 and what it errs by."""
+_CALM = 0.15
+"""A swing below this is none."""
 _NEGLIGIBLE = 1e-4
 """Requests a second of the slow average below which a class is forgotten."""
 
@@ -46,6 +51,9 @@ class Demand:
         self._sums: dict[tuple[int, int, int], _Sums] = {}
         self._began_us = -1
         self._folded_us = -1
+        self._fast = self._slow = self._variance = 0.0
+        self.swing = 0.0
+        """How far the rate of all requests goes above and below its mean, as a share of it; at most 1."""
 
     def note(self, num_prompt_tokens: int, num_output_tokens: int, eligible: int) -> None:
         """A request arrived."""
@@ -57,18 +65,26 @@ class Demand:
         sums.prompt += num_prompt_tokens
         sums.output += num_output_tokens
 
+    def age_s(self, t_us: int) -> float:
+        """How long the averages have run."""
+        return (t_us - self._began_us) * 1e-6 if self._began_us >= 0 else 0.0
+
     def fold(self, t_us: int) -> list[Class]:
         """The classes as of now, largest work first."""
-        if self._began_us < 0:
+        if self._began_us < 0 or not self._sums:  # nothing has come yet: the averages begin with the first request
             self._began_us = self._folded_us = t_us
+            self._fast = self._slow = self._variance = 0.0
             return []
         span_s = (t_us - self._folded_us) * 1e-6
         if span_s <= 0:
             return []
         self._folded_us = t_us
-        age_s = (t_us - self._began_us) * 1e-6
+        age_s = self.age_s(t_us)
         fast_gain, slow_gain = 1.0 - exp(-span_s / FAST_S), 1.0 - exp(-span_s / SLOW_S)
         fast_weight, slow_weight = 1.0 - exp(-age_s / FAST_S), 1.0 - exp(-age_s / SLOW_S)
+        num = sum(sums.num for sums in self._sums.values())
+        before = 1.0 - exp(-(age_s - span_s) / FAST_S)
+        self._note_swing(num / span_s, span_s, before, slow_weight, fast_gain, slow_gain)
         classes = []
         for key, sums in list(self._sums.items()):
             rate = sums.num / span_s
@@ -93,6 +109,20 @@ class Demand:
             )
         classes.sort(key=_work, reverse=True)
         return _merged(classes)
+
+    def _note_swing(
+        self, rate: float, span_s: float, before: float, slow_weight: float, fast_gain: float, slow_gain: float
+    ) -> None:
+        """Compare the rate with what the fast average foresaw: slow changes are no swing. `before`: its weight then."""
+        surprise = 0.0
+        if before > 0.5:
+            foreseen = self._fast / before
+            surprise = (rate - foreseen) ** 2 - _CHANCE * foreseen / span_s
+        self._variance += slow_gain * (surprise - self._variance)
+        self._fast += fast_gain * (rate - self._fast)
+        self._slow += slow_gain * (rate - self._slow)
+        swing = sqrt(max(0.0, self._variance * slow_weight)) / self._slow if self._slow else 0.0
+        self.swing = min(1.0, swing) if swing >= _CALM else 0.0
 
 
 def _work(traffic: Class) -> float:

@@ -12,6 +12,9 @@ An engine that died, a mode that was revoked, or memory that somebody else took 
 that wait for a mode which is not there need no dwell; only the one transition at a time holds for them too. The lost
 prefix cache and idle watts are not in K: neither is known here.
 
+At first, engines that are not chosen are started too where there is room, and put to sleep: a start is not on the
+path of a later switch.
+
 An engine leaves in three steps: nothing is routed to it, its requests end (or are moved after `drain_s`), it goes.
 """
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from math import ceil
 
 from msgspec import Struct
@@ -51,11 +54,13 @@ FIRST_SLEEP_S, FIRST_WAKE_S, FIRST_START_S = 1.0, 1.0, 60.0
 """Until measured or profiled."""
 COLD_DWELLS = 10.0
 """A set that came by a cold start stays this many times as long as the start took."""
+EVIDENCE_S = 30.0
+"""So long traffic must have been seen before a move is for gain: the fast average's own time."""
 LEARNT = 3
 """Requests after which an estimate is worth more than the profile."""
 VIEW_WAIT_US = 1_000_000
 """How long the first plan waits for a view of the GPU."""
-ROOM_WAIT_US = 5_000_000
+ROOM_WAIT_US = 2_000_000
 """How long an engine that was to come waits until the view shows room for it; then the plan is dropped."""
 MAX_WAITING_LOOKED_AT = 1_000
 UNKNOWN_TOKENS = (256.0, 128.0)
@@ -66,8 +71,8 @@ class _Auto:
     """One engine that may move: where it is, what its transitions took, when it last moved."""
 
     __slots__ = (
-        "can_sleep", "changed_us", "config", "modes", "name", "need", "profile", "residence", "sleep_s", "start_s",
-        "wake_s",
+        "can_sleep", "changed_us", "config", "is_known_to_sleep", "modes", "name", "need", "profile", "residence",
+        "sleep_s", "start_s", "wake_s",
     )  # fmt: skip
 
     def __init__(self, config: EngineConfig, modes: int, profile: ModeProfile | None) -> None:
@@ -83,6 +88,7 @@ class _Auto:
         self.start_s = profile.start_s if profile is not None and profile.start_s else FIRST_START_S
         self.sleep_s = FIRST_SLEEP_S if profile is None or profile.sleep_s is None else profile.sleep_s
         self.wake_s = FIRST_WAKE_S if profile is None or profile.wake_s is None else profile.wake_s
+        self.is_known_to_sleep = config.kind == "sim" or (profile is not None and profile.sleep_s is not None)
         if config.kind == "sim":
             self.start_s = config.sim.start_s
         elif profile is not None and profile.sleep_s is None:
@@ -161,6 +167,8 @@ class Residency:
         self._models = tuple(dict.fromkeys(engine.model for engine in engines))
         self._demand = Demand()
         self._moves: deque[tuple[int, Residence]] = deque()
+        self._tour = 0
+        """Bit set of the engines that are started only to be put to sleep."""
         self._moving = -1
         self._to: Residence = "resident"
         self._told = False
@@ -257,7 +265,8 @@ class Residency:
             # It is wanted there: to come back is the pool's work from now on.
             auto.residence = "resident"
             self._fleet.wanted(engine)
-            self._drop()
+            if not self._tour >> i & 1:
+                self._drop()
             self._arrive(t_us)
 
     # --- time --------------------------------------------------------------------------------------------------------
@@ -289,11 +298,18 @@ class Residency:
             self._moves.popleft()
             self._finish_plan(t_us)
             return []
+        if self._tour >> i & 1 and to == "resident" and self._is_pressed():
+            self._skip(i)
+            return []
         if to == "resident" and not self._has_room(auto, t_us, view):
             if not self._room_until_us:
                 self._room_until_us = t_us + ROOM_WAIT_US
             elif t_us >= self._room_until_us:
-                self._drop()
+                if self._tour >> i & 1:
+                    self._skip(i)
+                else:
+                    self._drop()
+                    self._plan_us = t_us  # with the memory that there is now
                 self._finish_plan(t_us)
             return []
         self._moves.popleft()
@@ -339,8 +355,20 @@ class Residency:
     def _finish_plan(self, t_us: int) -> None:
         if not self._moves and self._moving < 0:
             self._settled_us = t_us
+            self._tour = 0
             if self._num_plans > 1:
                 self._transition_us += t_us - self._adopted_us
+
+    def _is_pressed(self) -> bool:
+        """Whether somebody waits for what is not there: no time to start an engine only to put it to sleep."""
+        up = self._fleet.up
+        looked_at = islice(self._waiting(), MAX_WAITING_LOOKED_AT)
+        return bool(up) and (any(not eligible & up for eligible in looked_at) or bool(self._dead()))
+
+    def _skip(self, i: int) -> None:
+        """This engine stays cold."""
+        self._moves = deque(move for move in self._moves if move[0] != i)
+        self._room_until_us = 0
 
     def _drop(self) -> None:
         """What was planned beside this does not come about."""
@@ -397,9 +425,18 @@ class Residency:
         sets = self._ranked(fast, budget, present)
         self._note_favourite(t_us, sets, fast, budget)
         life_s = self._mix_life_s(t_us)
+        is_early = self._demand.age_s(t_us) < EVIDENCE_S
+        stays = urgency == "memory" and any(
+            not subset & ~present
+            and not fast.starving(self._modes(subset))
+            and not fast.unserved_per_s(self._modes(subset))
+            for _, subset in sets
+        )
         best: tuple[float, int, str, float, float] | None = None
         is_regretted = False
-        for costs, subset in sets[:MAX_WEIGHED]:
+        for costs, subset in sets if stays else sets[:MAX_WEIGHED]:
+            if stays and subset & ~present:
+                continue  # who took memory may take what is given up as well: nobody comes while all can be served
             after = self._kept(subset, present, budget)
             modes = self._modes(after & ~dead)
             if after == present or subset & dead or (is_unsafe and not self._is_safe(modes)):
@@ -417,7 +454,7 @@ class Residency:
                 if self._goes_back(after ^ present, t_us):
                     is_regretted = True
                     continue
-                if reason == "gain" and t_us - self._settled_us < self._dwell_needed_us(present, after):
+                if reason == "gain" and (is_early or t_us - self._settled_us < self._dwell_needed_us(present, after)):
                     continue
             if best is None or net > best[0]:
                 best = net, after, reason, gain, price
@@ -472,6 +509,8 @@ class Residency:
             if auto.residence == "cold":
                 cold = max(cold, auto.start_s)
         moves.extend((i, "asleep" if away >> i & 1 else "cold") for i in leaving)
+        if reason == "first":
+            moves = self._with_tour(moves, after, budget)
         self._moves.extend(moves)
         if reason == "first":
             self.first = tuple(autos[i].name for i in _members(after))
@@ -491,6 +530,29 @@ class Residency:
                 )
             )
 
+    def _with_tour(
+        self, moves: list[tuple[int, Residence]], chosen: int, budget: Budget
+    ) -> list[tuple[int, Residence]]:
+        """Once the first engine serves, start those that are not chosen and put them to sleep, while there is room.
+
+        A start takes as long as fifty wakes: who was started once is there within a second when it is wanted.
+        """
+        if len(moves) < 2:
+            return moves
+        autos = self._autos
+        rest = [i for i in range(len(autos)) if not chosen >> i & 1 and autos[i].is_known_to_sleep]
+        room = None if budget.available_bytes is None else budget.available_bytes - self._awake_bytes(chosen)
+        away = put_away(rest, [auto.need for auto in autos], room, self._config.max_asleep_bytes)
+        moves.sort(key=lambda move: (not self._is_safe(autos[move[0]].modes), autos[move[0]].need.gpu_bytes))
+        taken = autos[moves[0][0]].need.gpu_bytes
+        tour: list[tuple[int, Residence]] = []
+        for i in _members(away):
+            if budget.fits(taken + autos[i].need.gpu_bytes):
+                tour += [(i, "resident"), (i, "asleep")]
+                taken += autos[i].need.asleep_gpu_bytes
+                self._tour |= 1 << i
+        return [moves[0], *tour, *moves[1:]]
+
     # --- what a set is worth -----------------------------------------------------------------------------------------
 
     def _worth(self, classes: list[Class], *, fast: bool, waiting: Sequence[int] = (), dead: int = 0) -> Worth:
@@ -507,6 +569,7 @@ class Residency:
             latency_weight=self._cost.latency_weight,
             energy_weight=self._cost.energy_weight,
             waiting=waiting,
+            swing=self._demand.swing,
         )
 
     def _slowdown(self, num_others: float) -> float:

@@ -10,7 +10,8 @@ By Little's law requests in service are the sum of rate x latency, so that the l
 
 `slow` is what the other busy engines of the GPU cost. Beyond its slots, or beyond what its KV cache holds (starvation),
 a mode's queue grows without bound; that costs OVERLOAD_S per request over. Classes go to the mode where they add least,
-largest first; a set is worth what its best subset is, since the router may leave an engine idle.
+largest first; a set is worth what its best subset is, since the router may leave an engine idle. Where the rate
+swings, V is the mean of V above and below: what a queue costs is not linear in it.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ class Worth:
         latency_weight: float,
         energy_weight: float,
         waiting: Sequence[int] = (),
+        swing: float = 0.0,
     ) -> None:
         """`curves[i]` None: nothing is known of mode i. `slowdown(busy others)`: the factor that they cost.
 
-        `waiting`: requests of each class that wait for a mode which is not there.
+        `waiting`: requests of each class that wait for a mode which is not there. `swing`: how far the rates go above
+        and below their means, as a share.
         """
         self._curves = curves
         self._slowdown = slowdown
@@ -93,6 +96,9 @@ class Worth:
                 )
             )
             self._waiting.append(num_waiting)
+        self._points = [self._classes]
+        if swing:
+            self._points = [_scaled(self._classes, 1.0 + swing), _scaled(self._classes, 1.0 - swing)]
         self._memo: dict[int, float] = {}
 
     @property
@@ -120,10 +126,11 @@ class Worth:
         """V when exactly these modes (a bit set) share the traffic."""
         known = self._memo.get(modes)
         if known is None:
-            known = self._memo[modes] = self._evaluate(modes)
+            points = self._points
+            known = self._memo[modes] = sum(self._evaluate(modes, point) for point in points) / len(points)
         return known
 
-    def _evaluate(self, modes: int) -> float:
+    def _evaluate(self, modes: int, classes: list[Rated]) -> float:
         curves = self._curves
         members = [(i, 1 << i, *self._tpot[i]) for i in self._known if modes >> i & 1]
         weight = self._latency_weight
@@ -133,9 +140,7 @@ class Worth:
         rates = [0.0] * len(curves)
         tokens_in = [0.0] * len(curves)
         total = 0.0
-        for (rate, length, eligible, ttft, energy, tokens), num_waiting in zip(
-            self._classes, self._waiting, strict=True
-        ):
+        for (rate, length, eligible, ttft, energy, tokens), num_waiting in zip(classes, self._waiting, strict=True):
             best, least, best_batch = -1, 0.0, 0.0
             more = rate * length
             for i, bit, c0, c1, c2 in members:
@@ -165,6 +170,14 @@ class Worth:
             slow = self._slowdown(num_busy - share)
             total += weight * _crowd(curve, slow, ready[i], steps[i], rates[i], tokens_in[i] / rates[i])
         return total
+
+
+def _scaled(classes: list[Rated], factor: float) -> list[Rated]:
+    """The same traffic at another rate."""
+    return [
+        (rate * factor, length, eligible, ttft, tuple(cost * factor for cost in energy), tokens)
+        for rate, length, eligible, ttft, energy, tokens in classes
+    ]
 
 
 def _crowd(curve: Curve, slow: float, ready: float, steps: float, rate: float, tokens: float) -> float:
