@@ -39,9 +39,9 @@ INTROS = {
         "",
         "`make bench-modeswitch` measures these figures into `build/bench/*.json`, and `make docs` writes this page",
         "from there. `replay` and `learned` replay published figures of one A100 (attribution: msd/data/modeswitch);",
-        "`gate`, `residency`, `energy` and `bursts` are simulated; `decision`, `estimator`, `cpu_modes` run here, on CPU",
-        "engines with tiny models where they run engines at all. Nothing on this page was measured on a GPU: `make gpu`",
-        "does that, where there is one.",
+        "`gate`, `residency`, `energy` and `bursts` are simulated; `decision`, `estimator`, `cpu_modes` run here,",
+        "on CPU engines with tiny models where they run engines at all. Nothing on this page was measured on a GPU:",
+        "`make gpu` does that, where there is one.",
     ],
 }
 
