@@ -429,10 +429,15 @@ class Scheduler:
 
     def _unpark_all(self) -> None:
         """What made requests wait for one mode is no longer true: all modes are open to them again."""
-        for entry in [entry for entry in self.queue.entries() if entry.parked >= 0]:
-            self.queue.discard(entry)
-            self.fleet.unpark(entry.parked)
-            entry.parked = -1
+        parked = [entry for entry in self.queue.entries() if entry.parked != -1]
+        for entry in parked:
+            entry.phase = Phase.APPENDING
+        self.queue.withdraw(parked)
+        for entry in parked:
+            if entry.parked >= 0:
+                self.fleet.unpark(entry.parked)
+            entry.parked = entry.held_at = -1
+            entry.phase = Phase.WAITING
             self.queue.push(entry)
 
     def _fill(self, t_us: int) -> None:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from random import Random
+
 from msd.config import PolicyConfig
 from msd.core import events as e
+from msd.domain import YIELD, Candidate, Choice, Features
+from msd.policy.round_robin import RoundRobin
 from tests.unit.core_world import CoreWorld, make_config
+
+
+class YieldsWhileAnythingRuns(RoundRobin):
+    def choose(self, features: Features, candidates: Sequence[Candidate], rng: Random) -> Choice:
+        if features.num_running:
+            return Choice(YIELD, 1.0, "lets others go first")
+        return super().choose(features, candidates, rng)
 
 
 def test_what_waits_is_decided_by_the_new_policy_and_what_runs_goes_on() -> None:
@@ -18,3 +30,30 @@ def test_what_waits_is_decided_by_the_new_policy_and_what_runs_goes_on() -> None
     world.finish(first)
     world.finish(second)
     assert {first, second} == set(world.delivered)
+
+
+def test_each_that_waited_for_a_busy_mode_is_in_the_queue_once_afterwards() -> None:
+    """They once stayed in line for the old mode too: counted out twice when one ran, and others never (seeds 3, 19)."""
+    world = CoreWorld(make_config(modes=2, slots=1, policy={"name": "fixed", "mode": "m0"}))
+    ids = [world.submit() for _ in range(5)]
+    queue = world.scheduler.queue
+    for mode in ("m1", "m0", "m1"):
+        world.post(e.ConfigChanged(world.t_us, PolicyConfig(name="fixed", mode=mode)))
+        assert len({entry.seq for entry in queue.entries()}) == len(list(queue.entries())) == len(queue) == 3
+    for _ in ids:
+        for request_id in sorted(world.running):
+            world.finish(request_id)
+    assert set(world.delivered) == set(ids)
+    assert len(queue) == 0
+    assert all(book.num_parked == 0 for book in world.scheduler.fleet.books)
+
+
+def test_who_let_others_go_first_is_asked_again_by_the_new_policy() -> None:
+    world = CoreWorld(make_config(modes=2, slots=1))
+    first = world.submit()
+    yielding = YieldsWhileAnythingRuns(PolicyConfig(), [])
+    world.scheduler._router.policy = yielding
+    second = world.submit()
+    assert set(world.running) == {first}
+    world.post(e.ConfigChanged(world.t_us, PolicyConfig(name="round_robin")))
+    assert set(world.running) == {first, second}
