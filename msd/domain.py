@@ -221,6 +221,14 @@ class Candidate(Struct, frozen=True):
     """What it adds to the E2EL of the requests that run beside it, summed over them."""
     num_cached_tokens: int = 0
     """Of its prompt, likely in this mode's prefix cache."""
+    num_harmed: int = 0
+    """Requests that keep their SLOs so far, and would probably miss one because of it."""
+    prompt_ms: float = 0.0
+    """Time in which its engine reads its prompt, alone: what decodes there waits for it."""
+    shared_ms: float = 0.0
+    """Time for which it would make other engines share the GPU with this one."""
+    work_ms: float = 0.0
+    """GPU time that it takes, if all that runs now ran in this mode: the throughput of a mode, by the request."""
 
 
 YIELD = -1

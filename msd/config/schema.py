@@ -286,6 +286,16 @@ class CostConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     slo_weight: Annotated[
         Ratio, Meta(description="Cost of each second by which an SLO or deadline is missed, beside its latency.")
     ] = 10.0
+    miss_weight: Annotated[
+        Ratio, Meta(description="Cost of each SLO that is likely missed, a request's own or another's, in seconds.")
+    ] = 3.0
+    patience_s: Annotated[
+        Seconds,
+        Meta(
+            description="A request that would make others miss their SLOs waits while it cannot keep its own. By each "
+            "such time that it has waited it may harm one more."
+        ),
+    ] = 30.0
     tie: Annotated[
         Share, Meta(description="Costs this close are equal; then the session's own mode, or the emptier one.")
     ] = 0.02

@@ -39,6 +39,7 @@ class Entry:
         "expected_p90_tokens",
         "expected_tokens",
         "falls_back",
+        "first_due_us",
         "first_token_us",
         "held_at",
         "length_class",
@@ -101,6 +102,8 @@ class Entry:
         """From its first token to its end: other requests, their tokens, prompt tokens read, other busy modes."""
         self.end_us = 0
         """When it is likely to end, once it runs."""
+        self.first_due_us = 0
+        """When its first token is likely to come."""
         self.run_tokens = 0
         self.decision: Decision | None = None
         self.abort_reason = ""

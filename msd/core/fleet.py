@@ -25,8 +25,8 @@ _SLOTS = int(Mask.SLOTS)
 _NO_CORRECTION = [1.0] * PROMPT_CELLS
 
 Folded = tuple[
-    str, int, int, int, int, int, float, float, float, float, float, float, float, float, list[float], list[float],
-    list[float], Running,
+    str, int, int, int, int, int, float, float, float, float, float, float, float, float, float, list[float],
+    list[float], list[float], Running,
 ]  # fmt: skip
 """What a decision needs of one mode, as `ModeBook.fold` puts it together."""
 
@@ -50,6 +50,7 @@ class ModeBook:
         "reserved_tokens",
         "residence",
         "running",
+        "spares_ms",
         "stale",
         "up",
     )
@@ -75,6 +76,8 @@ class ModeBook:
         self.running = Running()
         self.stale = True
         """The books or the estimate changed since `folded` was made."""
+        self.spares_ms: list[float] = []
+        """As `Running.spares_ms` said when `folded` was made."""
         self.folded: Folded = self.fold()
 
     def fold(self) -> Folded:
@@ -111,6 +114,7 @@ class ModeBook:
         elif estimate.mj_per_token is not None:
             prompt_mj = output_mj = estimate.mj_per_token
         self.stale = False
+        self.spares_ms = running.spares_ms() if num_running else []
         self.folded = folded = (
             self.name,
             mask,
@@ -121,6 +125,7 @@ class ModeBook:
             base_ms,
             read_ms,
             ttft.c * 1e-6,
+            tpot.a,
             tpot_ms if tpot_ms > FLOOR_MS else FLOOR_MS,
             tpot.b,
             estimate.eos_step_ms,
@@ -176,6 +181,7 @@ class Fleet:
         self._busy_at_us = 0
         self.num_changes = 0
         """Counts what may make room: ends of requests, engines that come and go."""
+        self.num_first_tokens = 0
         self.shortest_context = min((book.max_model_len or 0 for book in self.books), default=0)
         """The context that every mode has; 0 while some engine has not told its own."""
 
@@ -236,6 +242,7 @@ class Fleet:
                 tpot_ms = book.estimate.tpot_ms(running.num - 1, running.num_tokens)
                 running.progress(t_us, progress, tpot_ms * self.sharing.at(self.num_busy - 1))
                 self.end_us += running.end_us - before_us
+                book.stale = True
 
     def profiled(self, profile: Profile) -> None:
         """Take what was measured of the modes on this host."""
@@ -253,22 +260,26 @@ class Fleet:
                 self.books[i].estimate.costs = costs
                 self.books[i].stale = True
 
-    def dispatched(self, i: int, entry: Entry, t_us: int, e2el_ms: float) -> None:
+    def dispatched(
+        self, i: int, entry: Entry, t_us: int, e2el_ms: float, ttft_ms: float = 0.0, prompt_ms: float = 0.0
+    ) -> None:
         """The request runs on mode i from now on, and is likely to take so long."""
         running = self.books[i].running
         self._add_busy(t_us)
-        running.join(entry, t_us, e2el_ms)
+        before_us = running.end_us
+        running.join(entry, t_us, e2el_ms, ttft_ms, prompt_ms)
         entry.num_busy = self.num_busy
         if running.num == 1:
             self.num_busy += 1
         else:
             entry.num_busy -= 1
-        self.end_us += entry.end_us
+        self.end_us += running.end_us - before_us
         self.occupy(i, entry.reserved_tokens)
 
     def first_token(self, entry: Entry, t_us: int) -> None:
         """The running request has its first token."""
         self._add_busy(t_us)
+        self.num_first_tokens += 1
         book = self.books[entry.parked]
         book.running.first_token(entry, t_us, self._busy_us)
         book.stale = True

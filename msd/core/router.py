@@ -5,13 +5,14 @@ Every mode becomes a candidate, also a masked one: the decision shows what was n
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from random import Random
 
 from msgspec import structs
 
 from msd.core.entry import Entry
 from msd.core.estimator import prompt_cell
-from msd.core.fleet import Fleet
+from msd.core.fleet import Fleet, ModeBook
 from msd.domain import YIELD, Candidate, Choice, Decision, Features, GpuView, Mask
 from msd.ports import Policy
 
@@ -20,6 +21,8 @@ _MEMORY = int(Mask.MEMORY)
 _SLOTS = int(Mask.SLOTS)
 _NOT_SLOTS = ~_SLOTS
 _DEADLINE = int(Mask.DEADLINE)
+_OVERDUE_MS = 5.0
+_NOBODY: tuple[ModeBook | None, float, float, list[float]] = (None, 0.0, 0.0, [])
 
 
 class Router:
@@ -49,14 +52,15 @@ class Router:
         num_all = fleet.num_running
         slow_idle, slow_busy, lost_idle, lost_busy = fleet.sharing.between(fleet.num_busy)
         left_ms = (fleet.end_us - num_all * t_us) * 0.001
+        longest, longest_ms, second_ms, spares_ms = self._busy(t_us) if num_all else _NOBODY
         made = []
         some_in_time = False
         for book, static, hit in zip(
             fleet.books, entry.static_masks, entry.cached_tokens or self._none_cached, strict=True
         ):
             (
-                name, closed, running, free, max_len, room, base_ms, read_ms, square_ms, tpot_ms, beside_ms, eos_ms,
-                prompt_mj, output_mj, ttft_row, tpot_row, energy_row, beside,
+                name, closed, running, free, max_len, room, base_ms, read_ms, square_ms, step_ms, tpot_ms, beside_ms,
+                eos_ms, prompt_mj, output_mj, ttft_row, tpot_row, energy_row, beside,
             ) = book.fold() if book.stale else book.folded  # fmt: skip
             mask = static | closed
             if total > max_len:
@@ -65,7 +69,8 @@ class Router:
                 mask |= _MEMORY
             new = prompt - hit
             own_ms = new * (read_ms + square_ms * prompt)
-            queue_ms = delay_ms = 0.0
+            queue_ms = delay_ms = shared_ms = 0.0
+            num_harmed = 0
             if running:
                 ttft_ms = (base_ms + own_ms) * slow_busy * ttft_row[cell]
                 tpot_ms *= slow_busy * tpot_row[cell]
@@ -77,6 +82,8 @@ class Router:
                     steps_beside = beside_left_ms / tpot_ms
                     delay_ms += beside_ms * (steps_beside if steps_beside < running * expected else running * expected)
                 delay_ms *= slow_busy
+                if book.spares_ms:
+                    num_harmed = bisect_left(book.spares_ms, own_ms * slow_busy)
                 if free > 0:
                     if lost_busy > 0.0:
                         # The other engines share the GPU with this one for longer, if it outlasts what runs here.
@@ -98,6 +105,19 @@ class Router:
                 e2el_ms = ttft_ms + tpot_ms * steps
                 if lost_idle > 0.0:
                     delay_ms = _lost_ms(num_all * e2el_ms, left_ms, lost_idle)
+            if num_all > running:
+                # Only time counts in which this engine would not be busy anyway; sharing halves the others' speed.
+                shared_ms = second_ms if book is longest else longest_ms
+                if e2el_ms < shared_ms:
+                    shared_ms = e2el_ms
+                if running:
+                    shared_ms -= (beside.ends[-1] - t_us) * 0.001 if beside.ends else 0.0
+                if shared_ms > 0.0:
+                    num_harmed += bisect_left(spares_ms, 0.5 * shared_ms)
+                    if book.spares_ms:
+                        num_harmed -= bisect_left(book.spares_ms, 0.5 * shared_ms)
+                else:
+                    shared_ms = 0.0
             if ends_itself:
                 e2el_ms += eos_ms
             if slack_ms is not None:
@@ -107,12 +127,38 @@ class Router:
                     some_in_time = True
             energy_mj = None if output_mj < 0.0 else int((prompt_mj * new + output_mj * expected) * energy_row[cell])
             made.append(
-                Candidate(name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free, queue_ms, delay_ms, hit)
-            )
+                Candidate(
+                    name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free, queue_ms, delay_ms, hit,
+                    num_harmed, own_ms, shared_ms, own_ms + expected * (step_ms / (num_all + 1) + beside_ms),
+                )
+            )  # fmt: skip
         if slack_ms is not None and not some_in_time:
             # If the deadline alone masks all, late beats never: the policy chooses among them.
             made = [_lift_deadline(c) for c in made]
         return made
+
+    def _busy(self, t_us: int) -> tuple[ModeBook | None, float, float, list[float]]:
+        """The mode that is busy for longest, for how long (ms), the same of all others, and what all can spare (ms)."""
+        longest, longest_ms, second_ms = None, 0.0, 0.0
+        spares_ms: list[float] = []
+        for book in self._fleet.books:
+            ends = book.running.ends
+            if not ends:
+                continue
+            left_ms = (ends[-1] - t_us) * 0.001
+            # Overdue: it is about to end, nobody knows when.
+            if left_ms < _OVERDUE_MS:
+                left_ms = _OVERDUE_MS
+            if left_ms > longest_ms:
+                longest, longest_ms, second_ms = book, left_ms, longest_ms
+            elif left_ms > second_ms:
+                second_ms = left_ms
+            if book.stale:
+                book.fold()
+            spares_ms = spares_ms + book.spares_ms if spares_ms else book.spares_ms
+        if second_ms:
+            spares_ms.sort()
+        return longest, longest_ms, second_ms, spares_ms
 
     def choose(self, features: Features, candidates: list[Candidate], hint: str | None) -> Choice | None:
         """The producer's wish if it can be had now, else the policy's choice; None when every candidate is masked."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from msd.core.entry import Entry
 
+_NO_BOUND = 1 << 62
+
 
 class Running:
     """Books of one mode. Times in integer microseconds; ends are predictions, made new with each progress report."""
@@ -36,9 +38,43 @@ class Running:
         self._token_us = 0
         self._read_tokens = 0
 
-    def join(self, entry: Entry, t_us: int, e2el_ms: float) -> None:
-        """A request was dispatched, and is likely to take so long."""
+    def spares_ms(self) -> list[float]:
+        """By how much each request that keeps its SLOs so far may be delayed before it misses one, least first."""
+        spares = []
+        for entry in self._by_id.values():
+            request = entry.request
+            slo, end_us = request.slo, entry.end_us
+            if slo.ttft_ms is None and slo.tpot_ms is None and request.deadline_us is None:
+                continue
+            least_us = _NO_BOUND
+            if slo.ttft_ms is not None:
+                due_us = request.received_us + int(slo.ttft_ms * 1e3)
+                if entry.first_token_us:
+                    if entry.first_token_us > due_us:
+                        continue
+                else:
+                    least_us = due_us - entry.first_due_us
+            if slo.tpot_ms is not None and entry.first_token_us:
+                spare_us = entry.first_token_us + int(slo.tpot_ms * 1e3) * (entry.expected_tokens - 1) - end_us
+                least_us = min(least_us, spare_us)
+            if request.deadline_us is not None:
+                least_us = min(least_us, request.deadline_us - end_us)
+            if 0 <= least_us < _NO_BOUND:
+                spares.append(least_us * 1e-3)
+        spares.sort()
+        return spares
+
+    def join(self, entry: Entry, t_us: int, e2el_ms: float, ttft_ms: float = 0.0, prompt_ms: float = 0.0) -> None:
+        """A request was dispatched, and is likely to take so long; the others wait while its prompt is read."""
         self._advance(t_us)
+        delay_us = int(prompt_ms * 1e3)
+        if delay_us and self.num:
+            for other in self._by_id.values():
+                other.end_us += delay_us
+                other.first_due_us += delay_us
+            self.ends = [end_us + delay_us for end_us in self.ends]
+            self.end_us += delay_us * self.num
+        entry.first_due_us = t_us + int(ttft_ms * 1e3)
         request = entry.request
         entry.beside = self.num, self.num_tokens, self.unread_tokens
         entry.marks = None

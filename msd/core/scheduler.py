@@ -53,6 +53,7 @@ from msd.wire import ErrorCode
 
 _DECISIONS_PER_EVENT = 64
 _HELD_PER_EVENT = 4
+_YIELDING_PER_EVENT = 8
 _PASSED_AT_MOST = 16
 """Changes of the fleet during which others may pass a request that memory holds back; then they wait behind it."""
 _EXPIRED_PER_EVENT = 1_000
@@ -452,7 +453,14 @@ class Scheduler:
             entry = queue.pop(free, fleet.up) or queue.pop(free, fleet.up, yielding=True)
             if entry is None:
                 break
-            if entry.held_at != fleet.num_changes and self._route(entry, t_us):
+            yielding = entry.parked == YIELDING
+            moment = fleet.num_changes + fleet.num_first_tokens if yielding else fleet.num_changes
+            if entry.held_at != moment and self._route(entry, t_us):
+                continue
+            if yielding:
+                held.append(entry)
+                if len(held) >= _YIELDING_PER_EVENT:
+                    break
                 continue
             # Memory holds it back: it stays first in line, and a few behind it that fit may pass, for a while.
             held.append(entry)
@@ -487,7 +495,7 @@ class Scheduler:
         if arm == YIELD:
             # Asked again when something has changed, after those that have not yielded.
             entry.parked = YIELDING
-            entry.held_at = self.fleet.num_changes
+            entry.held_at = self.fleet.num_changes + self.fleet.num_first_tokens
             self.queue.push(entry)
             return True
         if entry.falls_back:
@@ -528,7 +536,8 @@ class Scheduler:
         entry.num_cached_tokens = 0
         entry.reserved_tokens = request.num_prompt_tokens + entry.expected_tokens
         self.admission.release(entry)
-        self.fleet.dispatched(arm, entry, t_us, decision.candidates[arm].e2el_ms)
+        expected = decision.candidates[arm]
+        self.fleet.dispatched(arm, entry, t_us, expected.e2el_ms, expected.ttft_ms, expected.prompt_ms)
         self._extractor.dispatched(entry, arm)
         self.ledger.started(t_us, request.request_id, decision.mode, request.num_prompt_tokens)
         self.decisions.append(decision)
@@ -555,6 +564,9 @@ class Scheduler:
             self._extractor.first_token(entry, event.num_cached_tokens)
             self.fleet.first_token(entry, event.t_us)
             self.ledger.first_token(event.t_us, event.request_id, event.num_cached_tokens)
+            if self.queue.num_waiting:
+                # A prompt less to read: what yielded to it may be asked again.
+                self._fill(event.t_us)
 
     def _on_overrun(self, entry: Entry, num_tokens: int) -> None:
         """It has generated more than nine of ten of its class do: expect more, and reserve memory for it."""

@@ -20,6 +20,7 @@ from msd.core.events import Event
 from msd.core.residency import Move
 from msd.core.scheduler import Scheduler
 from msd.domain import CounterReading, Outcome, Request
+from msd.gate import ALL_TASKS
 from msd.sim.report import Check
 
 SHOWN = 5
@@ -70,6 +71,7 @@ class Checks:
         "time",
         "no_crash",
         "residency",
+        "certificates",
     )
 
     def __init__(self, config: Config, scheduler: Scheduler) -> None:
@@ -109,6 +111,7 @@ class Checks:
             e.EngineUp: self._on_engine_up,
             e.EngineLost: self._on_engine_lost,
             e.EngineAsleep: self._on_engine_asleep,
+            e.QualityJudged: self._on_judged,
         }
         self._on_command: dict[type, Callable[[Any], None]] = {
             c.Append: self._on_append,
@@ -119,7 +122,12 @@ class Checks:
             c.Deliver: self._on_deliver,
             c.Settle: self._on_settle,
             c.Transit: self._on_transit,
+            c.Shadow: self._on_shadow,
+            c.Withdraw: self._on_withdraw,
         }
+        self._shadows: set[str] = set()
+        self._barred: set[tuple[str, str]] = set()
+        """(mode, task or `*`) that production took away."""
         self._autos = {engine.name: engine for engine in config.engine if engine.residency == "auto"}
         self._moving, self._to = "", ""
         self._moved_us: dict[str, int] = {}
@@ -349,6 +357,9 @@ class Checks:
         )
         if not fits:
             self._break("masks", "{} must not run on {} (up: {})", (request_id, decision.mode, self._up))
+        if self._barred and request.quality_floor != 0:
+            barred = (decision.mode, request.task or ALL_TASKS) in self._barred
+            self.expect("certificates", not barred, "{} went to {}, withdrawn", request_id, decision.mode)
         num_running = self._running[engine] = self._running[engine] + 1
         entry = self._scheduler.entry(request_id)
         moves = entry.num_moves if entry is not None else 0
@@ -356,6 +367,25 @@ class Checks:
         if num_running > self._slots[engine] or command.attempt > self._config.limits.max_attempts + moves:
             self._break("bounds", "{} is one too many on {}", (request_id, engine))
         known.state, known.attempt, known.engine = _RUNNING, command.attempt, engine
+
+    def _on_shadow(self, command: c.Shadow) -> None:
+        """Nobody's request, of one whose answer is not stored yet; never twice of the same."""
+        known, shadow_id = self._known.get(command.request_id), command.shadow_id
+        is_fresh = known is not None and known.state < _COMPLETING and shadow_id not in self._shadows
+        self.expect("certificates", is_fresh, "{} begins after {} ended", shadow_id, command.request_id)
+        barred = (command.mode, command.task) in self._barred
+        self.expect("certificates", not barred, "{} tries what is withdrawn already", command)
+        self._shadows.add(shadow_id)
+
+    def _on_judged(self, event: e.QualityJudged) -> None:
+        self.expect("certificates", event.shadow_id in self._shadows, "{} was judged twice", event.shadow_id)
+        self._shadows.discard(event.shadow_id)
+
+    def _on_withdraw(self, command: c.Withdraw) -> None:
+        mode, task = command.withdrawal.mode, command.withdrawal.task
+        self.expect("certificates", (mode, task) not in self._barred, "{} is withdrawn twice for {}", mode, task)
+        # Found worse anywhere, it is not good overall.
+        self._barred |= {(mode, task), (mode, ALL_TASKS)}
 
     def _look_at_deadlines(self, t_us: int) -> None:
         while self._deadlines and self._deadlines[0][0] <= t_us:
@@ -408,6 +438,9 @@ class Checks:
         self.survey()
         pending = self._scheduler.num_pending
         self.expect("liveness", pending == 0, "{} requests never ended", pending)
+        self.expect("liveness", not self._shadows, "shadows never ended: {}", sorted(self._shadows))
+        num_open = self._scheduler.shadows.num_running
+        self.expect("liveness", num_open == 0, "{} shadows in the scheduler's books", num_open)
         for accounts in self._scheduler.ledger.accounts():
             self.expect("energy_settled", accounts.running_mj == 0, "{} mJ never settled", accounts.running_mj)
             if not self._num_given_up:

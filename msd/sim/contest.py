@@ -1,8 +1,8 @@
 """The simulated contest: every policy against every fixed mode, under the same seeded bursty traffic.
 
-No free lunch (modeswitch spec, section 7): the engines of one GPU share its compute (`msd.simgpu`), a fixed mode has the
-whole GPU and all memory for its KV cache, truths are hidden and drift, rates and SLOs are those of the best *fixed* mode.
-A match is one contestant on one plan, through the daemon's own code in virtual time; everything here is simulated.
+No free lunch (modeswitch spec, section 7): the engines of one GPU share its compute (`msd.simgpu`), a fixed mode has
+the whole GPU and all memory for its KV cache, truths are hidden and drift, rates and SLOs are those of the best *fixed*
+mode. A match is one contestant on one plan, through the daemon's own code in virtual time; all of it is simulated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from msgspec import Struct, convert
 from msd.config import Config
 from msd.core.scheduler import Scheduler
 from msd.domain import Outcome
+from msd.profile import SCHEMA, ModeProfile, Profile
 from msd.sim.plan import FAMILIES, Bounds, Plan, Player
 from msd.sim.truth import (
     BY_NAME,
@@ -76,7 +77,9 @@ class Match(Struct, frozen=True, kw_only=True):
     e2el_ms: tuple[float, float]
     num_tokens: int
     joules_per_token: float
-    """Of requests (and what was wasted on them), over all tokens generated."""
+    """Of the whole GPU, idle power and all, from the first arrival to the last answer; over all tokens generated."""
+    joules_per_good_token: float
+    """The same over the tokens of good requests: who is late has spent them in vain."""
     good_by_family: dict[str, tuple[int, int]]
     """Good and judged ones."""
     late_ttft: int
@@ -146,6 +149,36 @@ def _engine(truth: ModeTruth, slots: int, kv_tokens: int) -> dict[str, object]:
     }
 
 
+def profile_of(modes: tuple[str, ...]) -> Profile:
+    """What `msd profile` would have measured another day: the truths before they drifted. Every contestant has it."""
+    measured = []
+    for truth in (BY_NAME[name] for name in modes):
+        step_ms = truth.step_ms + truth.decode_ms_per_request
+        per_step = truth.tokens_per_step
+        measured.append(
+            ModeProfile(
+                mode=truth.name,
+                recipe="",
+                ttft_ms=(step_ms, truth.prefill_ms_per_token, 0.0),
+                tpot_ms=(step_ms / per_step, truth.decode_ms_per_request / per_step, 0.0),
+                eos_step_ms=0.0,
+                step_mj=truth.step_mj / per_step,
+                prefill_mj_per_token=truth.prefill_mj_per_token,
+                decode_mj_per_token=truth.decode_mj_per_token,
+            )
+        )
+    return Profile(
+        schema=SCHEMA,
+        created="",
+        command="",
+        device="simulated",
+        engine_version="simulated",
+        source="simulated",
+        idle_w=IDLE_W,
+        modes=tuple(measured),
+    )
+
+
 def play(contestant: Contestant, plan: Plan, rules: Rules, *, timeline: bool = False) -> Match:
     """One match, in virtual time."""
     # As `msd sim`: what happens inside is in the result.
@@ -154,7 +187,7 @@ def play(contestant: Contestant, plan: Plan, rules: Rules, *, timeline: bool = F
         rate_per_s=plan.rate_per_s,
         num_tenants=1,
         sessions_per_tenant=1,
-        emit_interval_ms=200.0,
+        emit_interval_ms=50.0,
         tick_s=0.05,
         step_noise=STEP_NOISE if rules.drifts else 0.0,
         policy=contestant.policy,
@@ -173,11 +206,12 @@ class _World(World):
         self.players: list[Player] = []
 
         def make(*handed: object) -> Player:
-            made = player(*handed)  # type: ignore[arg-type]
+            made = player(*handed)
             self.players.append(made)
             return made
 
-        super().__init__(seed, num_requests, config, weather, Scheduler.from_config, make)
+        profile = profile_of(tuple(engine.name for engine in config.engine))
+        super().__init__(seed, num_requests, config, weather, partial(Scheduler.from_config, profile=profile), make)
 
 
 def _judge(contestant: Contestant, plan: Plan, rules: Rules, world: _World, timeline: bool) -> Match:
@@ -185,7 +219,7 @@ def _judge(contestant: Contestant, plan: Plan, rules: Rules, world: _World, time
     outcomes = {outcome.request_id: outcome for outcome in world.outcomes}
     asked = world.players[0].session.asked if world.players else {}
     judged: list[tuple[int, Outcome | None]] = []
-    good = late_ttft = late_tpot = violations = 0
+    good = late_ttft = late_tpot = violations = num_tokens = good_tokens = 0
     by_family = {family.name: [0, 0] for family in FAMILIES}
     by_mode: Counter[str] = Counter()
     ttfts: list[float] = []
@@ -211,6 +245,7 @@ def _judge(contestant: Contestant, plan: Plan, rules: Rules, world: _World, time
         if not answered or outcome is None:
             continue
         times = outcome.timings
+        num_tokens += outcome.num_completion_tokens
         by_mode[outcome.mode] += 1
         ttfts.append(times.ttft_ms)
         ttft_of.setdefault(family.name, []).append(times.ttft_ms)
@@ -227,11 +262,13 @@ def _judge(contestant: Contestant, plan: Plan, rules: Rules, world: _World, time
             late_tpot += 1
         else:
             good += 1
+            good_tokens += outcome.num_completion_tokens
             goods[bucket] += 1
             by_family[family.name][0] += 1
     num_answered = len(ttfts)
-    energy_mj = report.energy_mj["requests"] + report.energy_mj["wasted"]
     served_s = report.num_completion_tokens / report.tokens_per_s if report.tokens_per_s else 1.0
+    # The world idles on until the ledger has settled; that is no part of the contest.
+    energy_mj = report.energy_mj["counter"] - IDLE_W * 1e3 * (report.virtual_s - served_s)
     return Match(
         contestant=contestant.name,
         seed=plan.seed,
@@ -247,6 +284,9 @@ def _judge(contestant: Contestant, plan: Plan, rules: Rules, world: _World, time
         e2el_ms=_p50_p99(e2els),
         num_tokens=report.num_completion_tokens,
         joules_per_token=energy_mj / 1e3 / max(1, report.num_completion_tokens),
+        joules_per_good_token=energy_mj
+        / 1e3
+        / max(1.0, report.num_completion_tokens * good_tokens / max(1, num_tokens)),
         good_by_family={name: (good, of) for name, (good, of) in by_family.items()},
         late_ttft=late_ttft,
         late_tpot=late_tpot,

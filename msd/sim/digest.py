@@ -31,6 +31,10 @@ _COMMANDS: dict[type, _Look] = {
     c.Reject: attrgetter("request_id", "error_code"),
     c.Deliver: attrgetter("request_id", "seq"),
     c.Abort: attrgetter("request_id", "attempt"),
+    c.Observe: attrgetter("decision.decision_id"),
+    c.Shadow: attrgetter("shadow_id", "request_id"),
+    c.Withdraw: attrgetter("withdrawal.mode", "withdrawal.task"),
+    c.Transit: attrgetter("engine", "to"),
 }
 
 

@@ -1,7 +1,7 @@
 """The traffic of the simulated contest: seeded plans of requests in families, and the session that plays one back.
 
-Families are those of the published deployment and answer-short workloads (prompt lengths as really tokenised). A plan is
-a function of its seed, shape, rate and duration: every contestant gets the same requests at the same instants, open
+Families are those of the published deployment and answer-short workloads (prompt lengths as really tokenised). A plan
+is a function of its seed, shape, rate and duration: every contestant gets the same requests at the same instants, open
 loop: nobody's slowness delays the next arrival.
 """
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from msd.dispatch import Dispatcher
 from msd.domain import SERVICE_CLASSES
 from msd.sim.checks import Checks
-from msd.sim.weather import MODEL, TENANTS, Weather
+from msd.sim.weather import MODEL, TASKS, TENANTS, Weather
 from msd.wire import (
     NO_SLO,
     Ack,
@@ -37,12 +37,16 @@ MAX_OUTPUT_TOKENS = 1_500
 LONG_TEXT_SHARE = 0.01
 TEXT_SHARE = 0.1
 HINT_SHARE = 0.05
+GREEDY_SHARE = 0.8
 MOST_REPEATABLE = 32
+NUM_PREFIXES = 8
+SESSION_SHARE = 0.3
 CREDIT_PERIOD_S = 0.5
 CREDIT_PER_PERIOD = 20
 
 
 _EXACT = SamplingFields(ignore_eos=True)
+_GREEDY = SamplingFields(temperature=0.0)
 
 
 def _pick(values: Sequence[T], drawn: float) -> T:
@@ -255,13 +259,24 @@ class Producers:
         if not weather.exact_output and kind < TEXT_SHARE:
             text = "lorem " * (num_prompt if kind > LONG_TEXT_SHARE else 2_000)
         deadline_ms = rng.expovariate(1 / 4_000) + 1 if rng.random() < weather.deadline_share else None
+        session_id = task = None
+        if weather.prefix_share and rng.random() < weather.prefix_share:
+            prefix = int(rng.random() * NUM_PREFIXES)
+            first = prefix * (PROMPT_POOL_TOKENS // NUM_PREFIXES)
+            session_id = f"s{prefix}" if rng.random() < SESSION_SHARE else None
+        sampling = _EXACT if weather.exact_output else SamplingFields(seed=rng.randrange(99))
+        if weather.shadow_share:
+            task = _pick((None, *TASKS), rng.random())
+            sampling = _GREEDY if rng.random() < GREEDY_SHARE else sampling
         return Submit(
             client_request_id=client_request_id,
             max_tokens=num_output,
             prompt=text,
             prompt_token_ids=None if text is not None else self._pool[first : first + num_prompt],
             model=_pick((None, None, MODEL), rng.random()) if not (odd and kind < 0.3) else "no-such-model",
-            sampling=_EXACT if weather.exact_output else SamplingFields(seed=rng.randrange(99)),
+            sampling=sampling,
+            task=task,
+            session_id=session_id,
             slo=NO_SLO if deadline_ms is None else SloFields(deadline_ms=min(deadline_ms, 60_000.0)),
             service_class=_pick(SERVICE_CLASSES, rng.random()),
             priority=_pick((0, 0, 0, -2, 3), rng.random()),

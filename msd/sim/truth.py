@@ -16,8 +16,8 @@ decoding, and for two modes the same with four requests at once. What a row belo
 - Energy: `step_mj` and `decode_mj_per_token` from the watts of 1 and of 4 requests, less IDLE_W, times the step; where
   there is no row of 4, the watts of one request times c. `prefill_mj_per_token`: mean over long less short prompts
   (LS-SS, LL-SL, MP-LL) of joules per run over prompt tokens, less idle.
-- `int8_pc` is `int8` with prefix caching, which the matrix lacks and vLLM has by default today: without it the strongest
-  fixed mode of our time would be missing from the contest.
+- `int8_pc` is `int8` with prefix caching, which the matrix lacks and vLLM has by default today: without it the
+  strongest fixed mode of our time would be missing from the contest.
 
 Quality is a stated gate, taken from the matrix's accuracies (at most 1.5 points below FP16): INT8 fails GPQA (-4), INT4
 fails the five suites, FP16 and speculation are lossless. The levels are ranks, not accuracies.

@@ -5,15 +5,23 @@ Uniform fault rates hide states that only appear when one kind of fault is missi
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 from msgspec import Struct, convert
 
-from msd.config import Config
+from msd.config import POLICY_NAMES, Config
+from msd.gate import ALL_TASKS, SCHEMA, GateFile, GateRow, Verdict
+from msd.recipe import recipe_hashes
 
 MODEL = "sim-model"
 TENANTS = ("alpha", "beta", "gamma", "delta")
+TASKS = ("sum", "sort")
+POLICIES = tuple(name for name in POLICY_NAMES if name != "learned")
+"""Those that need no file."""
 _FAULT_SHARE = 0.5
+_ON_TRIAL = "int8"
+"""The mode that a stated gate file certifies."""
 _STEP_MS, _DECODE_MS, _PREFILL_MS = 6.0, 0.06, 0.01
 
 
@@ -61,6 +69,13 @@ class Weather(Struct, frozen=True, kw_only=True):
     policy: str = "rules"
     memory_for: int = 0
     """Engines may move, and there is memory for so many of them; 0: they stay."""
+    prefix_share: float = 0.0
+    """Requests whose prompt begins as others do, on engines with prefix caching; 0: the engines have none."""
+    shadow_share: float = 0.0
+    """Answers that run once more on the reference; with it comes a stated gate file. 0: neither."""
+    num_drifts: int = 0
+    """Times that a mode on trial begins to answer otherwise, for the rest of its engine's life."""
+    num_policy_changes: int = 0
 
 
 STEADY = Weather(
@@ -113,8 +128,12 @@ def draw(rng: Random, num_requests: int) -> Weather:
         emit_interval_ms=rng.uniform(20.0, 120.0),
         tick_s=rng.uniform(0.02, 0.05),
         max_waiting=rng.choice((20, 100, 20_000)),
-        policy=rng.choice(("rules", "rules", "round_robin", "fixed")),
+        policy=rng.choice(("cost", "cost", "cost", "cost", "rules", "round_robin", "fixed", "random")),
         memory_for=rng.choice((0, 0, 1, 2)),
+        prefix_share=maybe(0.8),
+        shadow_share=rng.choice((0.0, 0.0, 0.1, 1.0)),
+        num_drifts=some(2),
+        num_policy_changes=some(3),
     )
 
 
@@ -136,6 +155,8 @@ def default_config(weather: Weather, seed: int) -> Config:
     ]
     residency: dict[str, object] = {}
     memory_bytes = 80 * 10**9
+    for engine in engines:
+        engine["prefix_caching"] = weather.prefix_share > 0
     if weather.memory_for:
         for engine in engines:
             engine["residency"] = "auto"
@@ -150,8 +171,53 @@ def default_config(weather: Weather, seed: int) -> Config:
         "tenant": [{"name": name, "weight": 1 + i % 3} for i, name in enumerate(TENANTS)],
         "limits": {"max_waiting": weather.max_waiting},
         "policy": {"name": weather.policy, "mode": "int8" if weather.policy == "fixed" else ""},
+        "quality": {"shadow_share": weather.shadow_share},
     }
     return convert(document, Config)
+
+
+def recipes_of(config: Config) -> dict[str, str]:
+    """The recipe of each mode; simulated ones have no files."""
+    return recipe_hashes(config, Path())
+
+
+def stated_gate(config: Config) -> GateFile:
+    """A gate file that nobody measured: the first mode is the reference, one is certified, but not for sorting."""
+    recipes = recipes_of(config)
+    reference = config.engine[0].name
+    verdicts: dict[str, Verdict] = {ALL_TASKS: "certified", "sum": "certified", "sort": "undecided"}
+    return GateFile(
+        schema=SCHEMA,
+        created="",
+        command="",
+        versions={},
+        host="",
+        model=MODEL,
+        reference=reference,
+        reference_recipe=recipes[reference],
+        delta=config.quality.delta,
+        alpha=config.quality.alpha,
+        rows=tuple(_row(_ON_TRIAL, recipes[_ON_TRIAL], task, verdict) for task, verdict in verdicts.items()),
+        stated=True,
+    )
+
+
+def _row(mode: str, recipe: str, task: str, verdict: Verdict) -> GateRow:
+    return GateRow(
+        mode=mode,
+        recipe=recipe,
+        task=task,
+        verdict=verdict,
+        num_pairs=1_000,
+        num_differ=0,
+        accuracy=0.95,
+        accuracy_low=0.93,
+        accuracy_high=0.97,
+        reference_accuracy=0.95,
+        difference=0.0,
+        difference_low=-0.01,
+        difference_high=0.01,
+    )
 
 
 def _engine(

@@ -16,7 +16,7 @@ from functools import partial
 from random import Random
 from typing import Protocol
 
-from msd.config import Config, EngineConfig
+from msd.config import Config, EngineConfig, PolicyConfig
 from msd.core import events as e
 from msd.core.commands import Command
 from msd.core.events import Event
@@ -36,7 +36,7 @@ from msd.sim.faults import FaultyProbe, InlineOffload, SimJournal
 from msd.sim.loop import SimLoop
 from msd.sim.producers import Producers, SimSession
 from msd.sim.report import Report, Spread
-from msd.sim.weather import Weather, default_config, draw
+from msd.sim.weather import POLICIES, Weather, default_config, draw, recipes_of, stated_gate
 from msd.simgpu import SimGpu
 from msd.telemetry.sim import SimProbe
 
@@ -74,14 +74,19 @@ def run_world(
     *,
     config: Config | None = None,
     weather: Weather | None = None,
-    make_scheduler: MakeScheduler = Scheduler.from_config,
+    make_scheduler: MakeScheduler | None = None,
 ) -> Report:
     """Run one world to its end and report. `weather` and `config` default to what the seed draws.
 
     Any exception of the daemon's code is the failed check `no_crash`, not an exception here.
     """
     weather = weather or draw(Random(seed), num_requests)
-    world = World(seed, num_requests, config or default_config(weather, seed), weather, make_scheduler)
+    config = config or default_config(weather, seed)
+    if make_scheduler is None:
+        make_scheduler = Scheduler.from_config
+        if weather.shadow_share:
+            make_scheduler = partial(make_scheduler, gate=stated_gate(config), recipes=recipes_of(config))
+    world = World(seed, num_requests, config, weather, make_scheduler)
     before = time.perf_counter()
     world.run()
     return world.report(time.perf_counter() - before)
@@ -186,6 +191,7 @@ class World:
             )
             producers.start()
             self._schedule_deaths()
+            self._schedule_changes(dispatcher)
             await producers.all_sent.wait()
             if weather.drain_early:
                 now_us = loop.now_us()
@@ -284,6 +290,21 @@ class World:
         for t_us in self._moments_us("deaths at", self._weather.num_engine_deaths):
             kind = rng.choice((ExitKind.DIED, ExitKind.STOPPED))
             self._loop.call_at(t_us / 1e6, self._kill, rng.choice(self._config.engine).name, kind)
+
+    def _schedule_changes(self, dispatcher: Dispatcher) -> None:
+        rng = self._chance("changes")
+        for t_us in self._moments_us("drifts at", self._weather.num_drifts):
+            self._loop.call_at(t_us / 1e6, self._drift, rng.choice(self._config.engine).name)
+        for t_us in self._moments_us("policies at", self._weather.num_policy_changes):
+            self._loop.call_at(t_us / 1e6, self._change_policy, dispatcher, rng.choice(POLICIES))
+
+    def _drift(self, name: str) -> None:
+        engine = self._engines.get(name)
+        if engine is not None:
+            engine.drift()
+
+    def _change_policy(self, dispatcher: Dispatcher, name: str) -> None:
+        dispatcher.post(e.ConfigChanged(self._loop.now_us(), PolicyConfig(name=name)))
 
     def _kill(self, name: str, kind: ExitKind) -> None:
         engine = self._engines.get(name)
