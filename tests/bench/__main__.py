@@ -77,9 +77,9 @@ def _measure(name: str, options: Options, console: Console) -> bool:
     """Measure one target, print and write it. False: it could not be measured."""
     surroundings = look_around()
     say(f"{name}: {options.repeats} repeats{' (quick)' if options.quick else ''}; {_machine(surroundings)}")
-    measure: Target = importlib.import_module(f"tests.bench.{name}").measure
     began = time.monotonic()
     try:
+        measure: Target = importlib.import_module(f"tests.bench.{name}").measure
         rows = measure(options)
     except CannotMeasureError as error:
         say(f"{name}: COULD NOT MEASURE: {error} ({time.monotonic() - began:.0f} s)")

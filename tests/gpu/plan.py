@@ -71,12 +71,13 @@ def gpu(folder: Path, speculative_fields: frozenset[str]) -> Plan:
         draft |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": ACCEPTANCE_LENGTH}
     elif "synthetic_acceptance_rate" in speculative_fields:
         draft |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rate": (ACCEPTANCE_LENGTH - 1) / 5}
+    # Prefix caching is vLLM's default and the paper's FP16 + graphs reference has it: baselines without it would be weak.
     engines = {
-        "fp16": engine("fp16"),
-        "int8": engine("int8", weights="int8"),
+        "fp16": engine("fp16", prefix_caching=True),
+        "int8": engine("int8", weights="int8", prefix_caching=True),
         "gptq_prefix": engine("int4", weights="gptq", prefix_caching=True),
-        "fp8": engine("fp8"),
-        "speculative": engine("fp16", speculation="draft", args={"speculative_config": draft}),
+        "fp8": engine("fp8", prefix_caching=True),
+        "speculative": engine("fp16", speculation="draft", prefix_caching=True, args={"speculative_config": draft}),
         "gptq": engine("int4", weights="gptq"),
         "fp16_eager": engine("fp16", args={"enforce_eager": True}),
     }

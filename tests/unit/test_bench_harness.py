@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -173,3 +174,8 @@ def test_an_unknown_target_is_refused_with_the_list() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "zmq_path" in done.stderr
+
+
+@pytest.mark.parametrize("name", bench.TARGETS)
+def test_every_target_can_be_imported_and_measures(name: str) -> None:
+    assert callable(importlib.import_module(f"tests.bench.{name}").measure)
