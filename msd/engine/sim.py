@@ -283,6 +283,10 @@ class SimEngine:
         assert what in ("sleep", "wake", "answers"), what
         self._broken.add(what)
 
+    def drift(self) -> None:
+        """Answer otherwise than before: what a canary or a comparison with another engine is to find."""
+        self._garbled = 1
+
     def hang(self) -> None:
         """Make no progress any more while looking healthy; the work in hand keeps the GPU no longer than it takes."""
         self._hung = True

@@ -22,7 +22,7 @@ from msd.core.events import Event
 from msd.core.scheduler import Scheduler
 from msd.domain import Candidate
 from msd.sim.report import Report
-from msd.sim.weather import STEADY, Weather, draw
+from msd.sim.weather import POLICIES, STEADY, Weather, draw, recipes_of, stated_gate
 from msd.sim.world import run_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,6 +45,12 @@ STORM = Weather(
     num_view_outages=1,
     journal_latency_ms=5.0,
     journal_failure_share=0.01,
+    policy="cost",
+    memory_for=2,
+    prefix_share=0.5,
+    shadow_share=1.0,
+    num_drifts=2,
+    num_policy_changes=1,
 )
 """Everything goes wrong at once."""
 
@@ -90,7 +96,7 @@ def test_all_checks_hold(seed: int) -> None:
 
 def test_the_storm_reaches_what_it_is_for() -> None:
     """A world in which nothing is cancelled, lost or late would prove little."""
-    report = run_world(1, 1_000, weather=STORM)
+    report = run_world(4, 1_000, weather=STORM)
     assert broken(report) == {}
     assert report.restarts > 0
     assert report.aborted > 0
@@ -101,6 +107,14 @@ def test_the_storm_reaches_what_it_is_for() -> None:
     assert report.energy_mj["estimated"] > 0
     looked = {check.name: check.num_checked for check in report.checks}
     assert all(looked.values()), f"a check looked at nothing: {looked}"
+
+
+def test_seeds_draw_every_policy_and_every_kind_of_world() -> None:
+    drawn = [draw(Random(seed), NUM_REQUESTS) for seed in range(100)]
+    assert {weather.policy for weather in drawn} == set(POLICIES)
+    assert sum(weather.policy == "cost" for weather in drawn) > 30
+    for name in ("memory_for", "prefix_share", "shadow_share", "num_drifts", "num_policy_changes"):
+        assert len({getattr(weather, name) for weather in drawn}) > 1, name
 
 
 def test_drain_answers_everything_in_time() -> None:
@@ -164,6 +178,17 @@ class RunsOneTooMany(Scheduler):
         self.fleet.engine_up = partial(_one_more_slot, self.fleet.engine_up)  # type: ignore[method-assign]
 
 
+class MovesAnEngineTwice(Scheduler):
+    def handle(self, event: Event) -> list[Command]:
+        commands = super().handle(event)
+        return [*commands, *(command for command in commands if isinstance(command, c.Transit))]
+
+
+class ForgetsWhatWasWithdrawn(Scheduler):
+    def _remask(self, t_us: int) -> None:
+        """Go on as before."""
+
+
 class Crashes(Scheduler):
     def handle(self, event: Event) -> list[Command]:
         if isinstance(event, e.FirstToken) and event.request_id.endswith("7"):
@@ -184,7 +209,7 @@ def _one_more_slot(engine_up: object, info: object) -> None:
 
 
 def make(mutant: type[Scheduler], config: Config, rng: Random) -> Scheduler:
-    return mutant.from_config(config, rng)
+    return mutant.from_config(config, rng, gate=stated_gate(config), recipes=recipes_of(config))
 
 
 @pytest.mark.parametrize(
@@ -197,14 +222,24 @@ def make(mutant: type[Scheduler], config: Config, rng: Random) -> Scheduler:
         (RunsAnywhere, "masks"),
         (ReadsItsCounterWrong, "energy_closes"),
         (RunsOneTooMany, "bounds"),
+        (MovesAnEngineTwice, "residency"),
+        (ForgetsWhatWasWithdrawn, "certificates"),
         (Crashes, "no_crash"),
     ],
 )
 def test_a_mutant_is_caught(mutant: type[Scheduler], caught_by: str) -> None:
-    report = run_world(7, NUM_REQUESTS, weather=STORM, make_scheduler=partial(make, mutant))
+    report = run_world(6, NUM_REQUESTS, weather=STORM, make_scheduler=partial(make, mutant))
     assert caught_by in broken(report), broken(report)
     assert report.last_events, "the story before the violation is missing"
-    assert broken(run_world(7, NUM_REQUESTS, weather=STORM)) == {}, "the world breaks without the mutant too"
+    assert broken(run_world(6, NUM_REQUESTS, weather=STORM)) == {}, "the world breaks without the mutant too"
+
+
+@pytest.mark.parametrize("seed", [3, 19, 84])
+def test_another_policy_takes_over_and_nobody_waits_twice(seed: int) -> None:
+    """Who waited for a busy mode once stood in line twice from then on: run twice, or never (seed 19)."""
+    weather = draw(Random(seed), 1_000)
+    assert weather.num_policy_changes
+    assert broken(run_world(seed, 1_000, weather=weather)) == {}
 
 
 @pytest.mark.parametrize("seed", [0, 2, 4])
