@@ -71,7 +71,7 @@ def gpu(folder: Path, speculative_fields: frozenset[str]) -> Plan:
         draft |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": ACCEPTANCE_LENGTH}
     elif "synthetic_acceptance_rate" in speculative_fields:
         draft |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rate": (ACCEPTANCE_LENGTH - 1) / 5}
-    # Prefix caching is vLLM's default, and the paper's FP16 + graphs reference has it: without, baselines would be weak.
+    # Prefix caching is the default of vLLM, and the FP16 + graphs reference of the paper has it: no weak baselines.
     engines = {
         "fp16": engine("fp16", prefix_caching=True),
         "int8": engine("int8", weights="int8", prefix_caching=True),
