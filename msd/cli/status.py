@@ -78,7 +78,7 @@ def render(status: DaemonStatus) -> list[str]:
     lines = [_headline(status)]
     if status.simulated:
         lines.append(paint("SIMULATED: the figures below come from a stated model, not from a machine", "yellow"))
-    lines += ["", *_engines(status.engines), "", *_requests(status)]
+    lines += ["", *_engines(status.engines), *_switches(status.residency), "", *_requests(status)]
     if any(mode.num_decisions for mode in status.modes):
         lines += ["", *_modes(status.modes)]
     lines += _quality(status.modes)
@@ -120,9 +120,31 @@ def _engines(engines: tuple[EngineReport, ...]) -> list[str]:
         ]
         for engine in engines
     ]
-    lines = table(["engine", "state", "running", "waiting inside", "KV used", "start", "starts"], rows, left=(0, 1))
+    head = ["engine", "state", "running", "waiting inside", "KV used", "start", "starts"]
+    left: tuple[int, ...] = (0, 1)
+    if any(engine.residency == "auto" for engine in engines):
+        head.insert(2, "residence")
+        left = (0, 1, 2)
+        for row, engine in zip(rows, engines, strict=True):
+            row.insert(2, engine.residence if engine.residency == "auto" else f"{engine.residence} (always)")
+    lines = table(head, rows, left=left)
     lines += [f"{engine.engine}: {engine.last_error}" for engine in engines if engine.last_error]
     return lines
+
+
+def _switches(residency: dict[str, float]) -> list[str]:
+    """What was done to keep the right engines resident; nothing where all of them stay."""
+    if not residency:
+        return []
+    names = ("switches", "emergencies", "moved_requests", "dropped_plans")
+    counts = {name: int(residency.get(f"num_{name}", 0)) for name in names}
+    parts = [
+        f"{counts['switches']:,} ({counts['emergencies']:,} of them emergencies)",
+        f"{duration(residency.get('transition_s', 0.0))} in transition",
+        f"{counts['moved_requests']:,} requests moved",
+        f"{counts['dropped_plans']:,} plans dropped" if counts["dropped_plans"] else "",
+    ]
+    return ["switches: " + ", ".join(part for part in parts if part)]
 
 
 def _requests(status: DaemonStatus) -> list[str]:

@@ -69,6 +69,11 @@ class Demand:
         """How long the averages have run."""
         return (t_us - self._began_us) * 1e-6 if self._began_us >= 0 else 0.0
 
+    @property
+    def num_known(self) -> float:
+        """About how many requests the slow averages rest on."""
+        return self._slow * SLOW_S
+
     def fold(self, t_us: int) -> list[Class]:
         """The classes as of now, largest work first."""
         if self._began_us < 0 or not self._sums:  # nothing has come yet: the averages begin with the first request

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, islice
-from math import ceil
+from math import ceil, sqrt
 
 from msgspec import Struct
 
@@ -300,7 +300,8 @@ class Residency:
             return []
         if self._tour >> i & 1 and to == "resident" and self._is_pressed():
             self._skip(i)
-            return []
+            self._finish_plan(t_us)
+            return self._begin(t_us, view) if self._moves else []
         if to == "resident" and not self._has_room(auto, t_us, view):
             if not self._room_until_us:
                 self._room_until_us = t_us + ROOM_WAIT_US
@@ -388,10 +389,16 @@ class Residency:
             chosen = everything
         else:
             worth = self._worth(self._expected_classes(), fast=True)
-            best: tuple[bool, float, int] | None = None
+            best: tuple[bool, float, int, float, int] | None = None
             for subset in self._sets(budget, 0):
                 modes = self._modes(subset)
-                key = (not self._is_safe(modes), round(worth.of(modes), 6), _order(subset, len(self._autos)))
+                key = (
+                    not self._is_safe(modes),
+                    round(worth.least_of(modes), 6),
+                    -subset.bit_count(),
+                    round(worth.of(modes), 6),
+                    _order(subset, len(self._autos)),
+                )
                 if best is None or key < best:
                     best, chosen = key, subset
         self._adopt(t_us, budget, chosen, "first", 0.0, 0.0)
@@ -421,10 +428,12 @@ class Residency:
         if fast.is_idle and not (is_over or is_unsafe):
             return
         slow = self._worth(classes, fast=False, waiting=waiting, dead=dead)
-        now_costs, starving = fast.of(serving), fast.starving(serving)
+        now_costs, starving = fast.least_of(serving), fast.starving(serving)
         sets = self._ranked(fast, budget, present)
         self._note_favourite(t_us, sets, fast, budget)
         life_s = self._mix_life_s(t_us)
+        slow_costs = slow.least_of(serving)
+        doubt = NOISE + 1.0 / sqrt(1.0 + self._demand.num_known)  # few requests say little of a mix
         is_early = self._demand.age_s(t_us) < EVIDENCE_S
         stays = urgency == "memory" and any(
             not subset & ~present
@@ -449,7 +458,10 @@ class Residency:
             if not urgency:
                 if net <= 0 or gain < NOISE * now_costs:
                     continue
-                if reason == "gain" and self._net(reason, slow.of(serving) - slow.of(modes), price, life_s, 0) <= 0:
+                slow_gain = slow_costs - slow.least_of(modes)
+                if reason == "gain" and (
+                    slow_gain < doubt * slow_costs or self._net(reason, slow_gain, price, life_s, 0) <= 0
+                ):
                     continue
                 if self._goes_back(after ^ present, t_us):
                     is_regretted = True
@@ -587,7 +599,8 @@ class Residency:
             return None
         ttft, tpot = estimate.ttft, estimate.tpot
         kv_tokens = book.kv_capacity_tokens or 1 << 40
-        if profile is not None and ttft.n < LEARNT and not ttft.b:
+        is_learnt = profile is None or ttft.n >= LEARNT or bool(ttft.b)
+        if profile is not None and not is_learnt:
             a0, a1, a2 = profile.ttft_ms
             c0, c1, c2 = profile.tpot_ms
             ttft_s = (a0 * 1e-3, a1 * 1e-3, a2 * 1e-9)
@@ -595,7 +608,7 @@ class Residency:
         else:
             ttft_s = (ttft.a * 1e-3, ttft.b * 1e-6, ttft.c * 1e-9)
             tpot_s = (tpot.a * 1e-3, tpot.b * 1e-3, tpot.c * 1e-7)
-        return Curve(ttft_s, tpot_s, book.num_slots, kv_tokens, estimate.mj_per_token or 0.0)
+        return Curve(ttft_s, tpot_s, book.num_slots, kv_tokens, estimate.mj_per_token or 0.0, is_learnt)
 
     def _sets(self, budget: Budget, present: int) -> Iterator[int]:
         """Sets that fit, at most MAX_EVALUATIONS: the present one, all small ones, those that are full, the rest.
@@ -645,7 +658,7 @@ class Residency:
         autos = self._autos
         enter_s = sum(autos[i].enter_s for i in _members(after & ~before))
         leave_s = sum(autos[i].sleep_s for i in _members(before & ~after))
-        now_costs = worth.of(self._modes(before))
+        now_costs = worth.least_of(self._modes(before))
         copying = COPY_SHARE * now_costs * (enter_s + leave_s)
         if budget.fits(self._gpu_bytes(before | after)):
             return copying  # who comes does so beside the others

@@ -8,6 +8,10 @@ from a profile of the table itself. Two regrets, both in latency (energy has no 
   engines resident throughout. A set that cannot serve a class is no candidate.
 - **objective**: V integrated over time plus K of each switch, over that of the best plan of one who knows the rates and
   true times of every instant in advance, pays the same K and keeps the same dwell (dynamic programming, 5 s steps).
+
+Both bars are on the mean over loads, rates and seeds; each load has rows of its own. Dwells and ways back are judged by
+what the pool of engines reported (EngineUp, EngineAsleep); the planner is asked only for the reason of a move. Seeds 1
+and 2 are for this judgement; the planner was tuned on 11 to 13.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from itertools import combinations
 from random import Random
@@ -27,6 +33,7 @@ from msgspec import Struct, convert, structs
 
 from msd.config import Config
 from msd.core import events as e
+from msd.core.commands import Command
 from msd.core.demand import Class
 from msd.core.residency import Move, Residency, ResidencyFigures
 from msd.core.scheduler import Scheduler
@@ -49,8 +56,10 @@ TOTAL_GB, RESERVE_GB = 36.0, 1.0
 SLOTS = 32
 START_S, SLEEP_S, WAKE_S = 20.0, 0.4, 0.6
 MIN_DWELL_S = 30.0
-QUIET_S = 60.0
-"""Engines start before the load does; it is the same for all."""
+QUIET_S = 120.0
+"""Engines start before the load does; it is the same for all, and long enough to start each of the four once."""
+EXEMPT = ("memory", "quality", "engine lost", "unserved", "start")
+"""Reasons of moves that need no dwell; `start`: right after the engines were first started."""
 STEP_S = 5.0
 SQUEEZE_GB = 14.0
 SIMULATED = "simulated, "
@@ -288,6 +297,9 @@ class Ran(Struct, frozen=True):
     figures: ResidencyFigures
     history: tuple[Move, ...]
     violations: tuple[str, ...]
+    exempt: dict[str, int]
+    """Moves inside a dwell, or back within two, that were no violation, by reason."""
+    num_performed: int
     begin_us: int
     first: tuple[str, ...]
 
@@ -298,8 +310,21 @@ def run(load: Load, seed: int, names: Sequence[str], residency: str) -> Ran:
     weather = Weather(rate_per_s=1.0, num_slots=SLOTS, step_noise=0.05, tick_s=0.05, emit_interval_ms=500.0)
     made: list[World] = []
 
+    performed: list[tuple[int, str]] = []
+
     def make_scheduler(config: Config, rng: Random) -> Scheduler:
-        return Scheduler.from_config(config, rng, profile=profile())
+        scheduler = Scheduler.from_config(config, rng, profile=profile())
+        handle = scheduler.handle
+
+        def watch(event: e.Event) -> list[Command]:
+            if isinstance(event, e.EngineUp):
+                performed.append((event.t_us, event.info.engine))
+            elif isinstance(event, e.EngineAsleep):
+                performed.append((event.t_us, event.engine))
+            return handle(event)
+
+        scheduler.handle = watch  # type: ignore[method-assign]
+        return scheduler
 
     def squeeze(num_bytes: int) -> None:
         made[0]._gpu.squeeze(num_bytes)
@@ -313,6 +338,7 @@ def run(load: Load, seed: int, names: Sequence[str], residency: str) -> Ran:
     e2el = [outcome.timings.e2e_ms * 1e-3 for outcome in world.outcomes if outcome.finish_reason == "length"]
     broken = tuple(f"{check.name}: {check.violations}" for check in report.checks if check.num_violations)
     history = tuple(planner.history) if planner is not None else ()
+    found, exempt = judged(performed, history) if planner is not None else ([], {})
     return Ran(
         mean_s=statistics.fmean(e2el) if e2el else math.inf,
         num_requests=report.submitted,
@@ -320,24 +346,46 @@ def run(load: Load, seed: int, names: Sequence[str], residency: str) -> Ran:
         num_delayed=sum(1 for outcome in world.outcomes if outcome.attempt > 1),
         figures=planner.figures() if planner is not None else ResidencyFigures(),
         history=history,
-        violations=broken + tuple(dwell_violations(history)),
+        violations=broken + tuple(found),
+        exempt=exempt,
+        num_performed=len(performed),
         begin_us=world._start_us + int(QUIET_S * 1e6),
         first=planner.first if planner is not None else tuple(names),
     )
 
 
-def dwell_violations(history: Sequence[Move]) -> list[str]:
-    """Switches for gain too soon after the one before, and sets that came back within two dwells."""
-    found = []
-    for i, move in enumerate(history):
-        if move.reason != "gain":
-            continue
-        if i and move.t_us - history[i - 1].t_us < MIN_DWELL_S * 1e6:
-            found.append(f"dwell: {move}")
-        for earlier in history[:i]:
-            if earlier.before == move.after and move.t_us - earlier.t_us < 2 * MIN_DWELL_S * 1e6:
-                found.append(f"A-B-A: {move}")
-    return found
+def judged(performed: Sequence[tuple[int, str]], history: Sequence[Move]) -> tuple[list[str], dict[str, int]]:
+    """Violations, and exempt moves by reason, of what the engines really did: (when, which engine came or went).
+
+    A switch that began within a dwell of the last transition before it; an engine that moved twice, by two plans,
+    within two dwells; an engine that moved although its plan did not say so.
+    """
+    found: list[str] = []
+    exempt: dict[str, int] = {}
+    last_us: int | None = None
+    moved: dict[str, tuple[int, Move | None]] = {}
+    began: Move | None = None
+    for t_us, engine in performed:
+        plan = next((move for move in reversed(history) if move.t_us <= t_us), None)
+        if plan is not None:
+            faults = []
+            if engine not in set(plan.before) ^ set(plan.after):
+                found.append(f"unplanned: {engine} at {t_us}, {plan}")
+            if plan is not began and last_us is not None and plan.t_us - last_us < MIN_DWELL_S * 1e6:
+                faults.append("dwell")
+            earlier_us, by = moved.get(engine, (-(1 << 60), plan))
+            if by is not plan and t_us - earlier_us < 2 * MIN_DWELL_S * 1e6:
+                faults.append("back")
+            began = plan
+            for fault in faults:
+                reason = "start" if plan.reason == "gain" and (fault, by) == ("back", None) else plan.reason
+                if reason == "gain":
+                    found.append(f"{fault}: {engine} at {t_us}, {plan}")
+                else:
+                    exempt[reason] = exempt.get(reason, 0) + 1
+        last_us = t_us
+        moved[engine] = t_us, plan
+    return found, exempt
 
 
 # --- best static set ------------------------------------------------------------------------------------------------
@@ -440,13 +488,29 @@ def _bits(names: Sequence[str]) -> int:
     return sum(1 << NAMES.index(name) for name in names)
 
 
+def _contest(
+    rate: float, duration_s: float, number: int, seed: int
+) -> tuple[str, Ran, float, tuple[str, ...], float, float]:
+    """One load of the five: ours, the best static set, and the objective against that of the clairvoyant plan."""
+    load = loads(rate, duration_s)[number]
+    ran = run(load, seed, NAMES, "auto")
+    return (load.name, ran, *best_static(load, seed), *clairvoyant(load, seed, ran))
+
+
+def _bait(half_s: float, duration_s: float, seed: int) -> tuple[Ran, float]:
+    """One square wave: ours, and the better of the two that stay."""
+    bait = square(1.5, half_s, duration_s, SAYING, READING)
+    stay_s = min(run(bait, seed, (name,), "always").mean_s for name in BAITS)
+    return run(bait, seed, BAITS, "auto"), stay_s
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
 def measure(options: Options) -> list[Row]:
     """Rows of residency and switching."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    duration_s = options.scaled(900.0, 300.0)
+    duration_s = options.scaled(600.0, 300.0)
     seeds = range(1, int(options.scaled(3, 2)))
     rates = (2.0,) if options.quick else (1.5, 3.0)
     static: dict[str, list[float]] = {}
@@ -456,40 +520,46 @@ def measure(options: Options) -> list[Row]:
     switches: list[float] = []
     transit: list[float] = []
     delayed: list[float] = []
-    for rate in rates:
-        for load in loads(rate, duration_s):
-            for seed in seeds:
-                ran = run(load, seed, NAMES, "auto")
-                if ran.num_unanswered:
-                    violations.append(f"{load.name}: {ran.num_unanswered} requests without an answer")
-                violations += ran.violations
-                best_s, names = best_static(load, seed)
-                ours, known = clairvoyant(load, seed, ran)
-                static.setdefault(load.name, []).append(100 * (ran.mean_s / best_s - 1))
-                objective.setdefault(load.name, []).append(100 * (ours / known - 1))
-                hours = (duration_s + QUIET_S) / 3_600
-                switches.append(ran.figures.num_switches / hours)
-                transit.append(100 * ran.figures.transition_s / (duration_s + QUIET_S))
-                delayed.append(100 * ran.num_delayed / ran.num_requests)
-                last = "+".join(ran.history[-1].after if ran.history else ran.first)
-                say(
-                    f"{TARGET}: {load.name}, {rate:g}/s, seed {seed}: {ran.mean_s * 1e3:.0f} ms, best static "
-                    f"{'+'.join(names)} {best_s * 1e3:.0f} ms, objective {ours:.0f} against {known:.0f}, "
-                    f"{ran.figures.num_switches} switches, at last {last}"
-                )
+    exempt = dict.fromkeys(EXEMPT, 0)
+    num_performed = 0
     waves = (10.0, 25.0, 40.0, 60.0, 90.0, 150.0, 300.0)
     num_waves = 0
-    for half_s in waves:
-        for seed in seeds:
-            bait = square(1.5, half_s, max(duration_s, 6 * half_s), SAYING, READING)
-            ran = run(bait, seed, BAITS, "auto")
-            stay_s = min(run(bait, seed, (name,), "always").mean_s for name in BAITS)
+    judged_on = [(rate, duration_s, i, seed) for rate in rates for i in range(5) for seed in seeds]
+    baited = [(half_s, max(duration_s, 6 * half_s), seed) for half_s in waves for seed in seeds]
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        of_waves = [workers.submit(_bait, *bait) for bait in reversed(baited)]
+        for (rate, _, _, seed), (name, ran, best_s, names, ours, known) in zip(
+            judged_on, workers.map(_contest, *zip(*judged_on, strict=True)), strict=True
+        ):
+            if ran.num_unanswered:
+                violations.append(f"{name}: {ran.num_unanswered} requests without an answer")
             violations += ran.violations
+            num_performed += ran.num_performed
+            for reason, number in ran.exempt.items():
+                exempt[reason] += number
+            static.setdefault(name, []).append(100 * (ran.mean_s / best_s - 1))
+            objective.setdefault(name, []).append(100 * (ours / known - 1))
+            hours = (duration_s + QUIET_S) / 3_600
+            switches.append(ran.figures.num_switches / hours)
+            transit.append(100 * ran.figures.transition_s / (duration_s + QUIET_S))
+            delayed.append(100 * ran.num_delayed / ran.num_requests)
+            last = "+".join(ran.history[-1].after if ran.history else ran.first)
+            say(
+                f"{TARGET}: {name}, {rate:g}/s, seed {seed}: {ran.mean_s * 1e3:.0f} ms, best static "
+                f"{'+'.join(names)} {best_s * 1e3:.0f} ms, objective {ours:.0f} against {known:.0f}, "
+                f"{ran.figures.num_switches} switches, at last {last}"
+            )
+        for (half_s, lasts_s, seed), future in zip(reversed(baited), of_waves, strict=True):
+            ran, stay_s = future.result()
+            violations += ran.violations
+            num_performed += ran.num_performed
+            for reason, number in ran.exempt.items():
+                exempt[reason] += number
             num_waves += ran.figures.num_switches
             bait_regret.append(100 * (ran.mean_s / stay_s - 1))
             say(
-                f"{TARGET}: bait, {bait.name}, seed {seed}: {ran.mean_s * 1e3:.0f} ms, best static "
-                f"{stay_s * 1e3:.0f} ms, {ran.figures.num_switches} switches in {bait.duration_s:g} s, "
+                f"{TARGET}: bait, flip each {half_s:g} s, seed {seed}: {ran.mean_s * 1e3:.0f} ms, best static "
+                f"{stay_s * 1e3:.0f} ms, {ran.figures.num_switches} switches in {lasts_s:g} s, "
                 f"h x {ran.figures.backoff:g}"
             )
     if not num_waves:
@@ -500,8 +570,8 @@ def measure(options: Options) -> list[Row]:
     every_objective = [value for values in objective.values() for value in values]
     rows = [
         row(
-            f"{SIMULATED}dwell violations, A-B-A inside two dwells and broken invariants, all worlds and square waves "
-            f"of {waves[0]:g}-{waves[-1]:g} s ({num_waves} switches)",
+            f"{SIMULATED}dwell violations, ways back inside two dwells and broken invariants, all worlds and square "
+            f"waves of {waves[0]:g}-{waves[-1]:g} s ({num_performed} transitions as performed)",
             "count",
             [float(len(violations))],
             target=TARGET,
@@ -523,6 +593,15 @@ def measure(options: Options) -> list[Row]:
             bar=15.0,
             of_repeats=statistics.fmean,
         ),
+    ]
+    rows += [
+        row(
+            f"{SIMULATED}moves inside a dwell or back inside two, exempt because: {reason}",
+            "count",
+            [float(number)],
+            target=TARGET,
+        )
+        for reason, number in exempt.items()
     ]
     for name, regrets in static.items():
         rows += [

@@ -356,6 +356,21 @@ def test_status_says_what_a_person_asks() -> None:
     assert "journal in memory only" in text
 
 
+def test_status_says_where_engines_are_that_may_move() -> None:
+    assert "residence" not in "\n".join(status.render(STATUS))
+    engines = (
+        EngineReport(engine="bf16", state="up", residence="resident"),
+        EngineReport(engine="int8", state="up", residency="auto", residence="resident (leaving)"),
+        EngineReport(engine="int4", state="asleep", residency="auto", residence="asleep"),
+    )
+    figures = {"num_switches": 3, "num_emergencies": 1, "num_moved_requests": 2, "transition_s": 4.4}
+    lines = status.render(msgspec.structs.replace(STATUS, engines=engines, residency=figures))
+    text = "\n".join(lines)
+    assert next(line for line in lines if line.startswith("bf16")).count("resident (always)") == 1
+    assert "resident (leaving)" in next(line for line in lines if line.startswith("int8"))
+    assert "switches: 3 (1 of them emergencies), 4 s in transition, 2 requests moved" in text
+
+
 def test_the_ledger_on_the_screen_adds_up_or_says_that_it_does_not() -> None:
     lines = status.energy_lines(STATUS.energy[0])
     joules = [float(match[1]) for line in lines if (match := re.search(r"([\d.]+) J$", line))]

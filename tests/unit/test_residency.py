@@ -15,6 +15,7 @@ from msd.core.scheduler import Scheduler
 from msd.core.worth import UNSERVED_S, Curve, Worth
 from msd.domain import EngineInfo, ExitKind, GpuView, Residence
 from msd.profile import SCHEMA, ModeProfile, Profile
+from tests.bench.residency import judged
 from tests.unit.core_world import CoreWorld, make_config
 
 GB = 10**9
@@ -163,9 +164,38 @@ def curve(ttft_s: float, tpot_s: float, slots: int = 32, kv: int = 1_000_000) ->
 
 
 def test_worth_is_requests_in_service_by_littles_law() -> None:
-    worth = make_worth([curve(0.1, 0.01)], [Class(0.5, 0.5, 10.0, 91.0, 1)])
+    traffic = [Class(0.5, 0.5, 10.0, 91.0, 1)]
+    reads = Curve((0.0, 0.01, 0.0), (0.01, 0.0, 0.0), 32, 1_000_000)
     # Half a request a second, a second each, a tenth of which is prefill that slows down decoding by 1 / (1 - 0.05).
-    assert worth.of(1) == pytest.approx(0.05 + 0.45 / 0.95, abs=0.02)
+    assert make_worth([reads], traffic).of(1) == pytest.approx(0.05 + 0.45 / 0.95, abs=0.005)
+    # What does not grow with the prompt is a step that decodes for the others too.
+    assert make_worth([curve(0.1, 0.01)], traffic).of(1) == pytest.approx(0.5, abs=0.005)
+
+
+def test_worth_of_rates_that_swing_and_of_modes_that_may_idle() -> None:
+    traffic = [Class(2.0, 2.0, 10.0, 100.0, 0b11)]
+    curves = [curve(0.1, 0.01, slots=4), curve(0.1, 0.2)]
+
+    def worth(swing: float) -> Worth:
+        return Worth(
+            curves, traffic, lambda x: 1.0 + x, fast=True, latency_weight=1.0, energy_weight=0.0, swing=swing
+        )  # fmt: skip
+
+    assert worth(0.9).of(0b01) > 1.5 * worth(0.0).of(0b01), "a burst overloads four slots"
+    shared = make_worth([curve(0.1, 0.02), curve(0.1, 0.02)], [Class(1.0, 1.0, 10.0, 100.0, 0b11)] * 2)
+    assert shared.least_of(0b11) <= min(shared.of(0b01), shared.of(0b10), shared.of(0b11))
+
+
+def test_bursts_are_a_swing_and_steady_arrivals_are_none() -> None:
+    steady, bursts = Demand(), Demand()
+    rng = Random(1)
+    for second in range(5, 600, 5):
+        for demand, rate in ((steady, 3.0), (bursts, 4.8 if second // 20 % 2 else 1.2)):
+            for _ in range(sum(rng.random() < rate / 100 for _ in range(500))):
+                demand.note(100, 50, 1)
+            demand.fold(second * SECOND_US)
+    assert steady.swing < 0.2
+    assert bursts.swing == pytest.approx(0.6, abs=0.2)
 
 
 def test_worth_of_what_nobody_may_serve_and_of_overload() -> None:
@@ -202,6 +232,42 @@ def test_the_first_plan_brings_what_fits_the_best_first_and_leaves_the_reserve()
     assert len(world.resident()) == 2
     assert "m1" in world.resident()
     assert world.planner.figures().num_switches == 0
+
+
+def test_who_is_not_chosen_at_first_is_started_once_and_sleeps() -> None:
+    world = World(20.0, 5.0, 10.0, sizes=(10, 10, 10), memory=21)
+    world.wait(10)
+    world.obey()
+    assert [book.residence for book in world.scheduler.fleet.books].count("asleep") == 1
+    assert "cold" not in [book.residence for book in world.scheduler.fleet.books]
+    assert world.planner.figures().num_switches == 0
+
+
+def test_nobody_is_started_only_to_sleep_while_a_request_waits() -> None:
+    world = World(20.0, 5.0, 10.0, sizes=(10, 10, 10), memory=21)
+    world.wait(10)
+    first = world.transits[0][0]
+    absent = next(name for name in ("m0", "m1", "m2") if name != first)
+    world.submit(mode_hint=absent, mode_strict=True)
+    world.obey()
+    assert len(world.resident()) == 2
+    assert [book.residence for book in world.scheduler.fleet.books].count("cold") == 1
+
+
+def test_who_sheds_memory_takes_nobody_in_while_all_can_be_served() -> None:
+    world = World(10.0, 12.0, 11.0, sizes=(10, 10, 8), memory=21)
+    world.wait(10)
+    world.obey()
+    present = world.resident()
+    assert len(present) == 2
+    world.load(3)
+    view = GpuView(
+        t_us=world.t_us + SECOND_US, memory_total_bytes=21 * GB, memory_used_bytes=21 * GB, memory_free_bytes=0
+    )
+    world.post(e.ViewTaken(world.t_us, view))
+    world.load(6)
+    assert world.planner.history[0].reason == "memory"
+    assert set(world.planner.history[0].after) < set(present)
 
 
 def test_the_first_plan_holds_a_mode_of_the_best_quality() -> None:
@@ -388,6 +454,20 @@ def test_no_switch_for_gain_inside_a_dwell_and_no_way_back_inside_two() -> None:
         for earlier in moves[:i]:
             if earlier.before == move.after:
                 assert move.t_us - earlier.t_us >= 60 * SECOND_US, (earlier, move)
+
+
+def test_the_benchmark_judges_what_was_performed() -> None:
+    gain = Move(100 * SECOND_US, ("a",), ("b",), "gain", 1.0, 1.0)
+    back = Move(120 * SECOND_US, ("b",), ("a",), "gain", 1.0, 1.0)
+    forced = Move(120 * SECOND_US, ("b",), ("a",), "memory", 1.0, 1.0)
+    first = [(101 * SECOND_US, "a"), (102 * SECOND_US, "b")]
+    again = [(121 * SECOND_US, "b"), (122 * SECOND_US, "a")]
+    assert judged(first, [gain]) == ([], {})
+    found, exempt = judged(first + again, [gain, back])
+    assert [text.split(":")[0] for text in found] == ["dwell", "back", "back"]
+    assert exempt == {}
+    assert judged(first + again, [gain, forced]) == ([], {"memory": 3})
+    assert judged([(101 * SECOND_US, "c")], [gain])[0][0].startswith("unplanned")
 
 
 def test_a_draining_daemon_plans_no_more() -> None:
