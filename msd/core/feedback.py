@@ -1,7 +1,8 @@
 """What is learnt from an attempt that ended: the estimates, the output lengths, and the policy.
 
 Times are learnt at once. A policy hears of its decision when the energy is settled, or at once where none is metered;
-either way exactly once, and `Observe` tells the decision log the same.
+either way exactly once, and `Observe` tells the decision log the same. What the ledger gave up (a stuck counter) is a
+part of the energy, nobody knows which: that teaches nothing, and is told as no energy.
 """
 
 from __future__ import annotations
@@ -117,12 +118,12 @@ class Feedback:
         estimate.tpot.learn(num_beside_mean, tokens_mean * 1e-4, tpot_ms / sharing.at(num_busy_mean), weight)
 
     def settled(self, request_id: str, energy: Energy | None, out: list[Command]) -> None:
-        """The request's energy is known, or will never be (None)."""
+        """The request's energy is known, was given up, or will never be known (None)."""
         known = self._unsettled.pop(request_id, None)
         if known is None:
             return
         decision, observation = known
-        if energy is not None:
+        if energy is not None and energy.settled:
             self._learn_energy(decision, energy, observation)
             observation = structs.replace(observation, energy=energy)
         self._observe(decision, observation, out)
