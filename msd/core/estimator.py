@@ -24,6 +24,8 @@ _SPREAD = 100.0
 _PROFILE_SPREAD = 0.25**2
 """P of a profile's coefficients, relative to their squares: they were measured, elsewhere or another day."""
 _FACTOR_MAX = 4.0
+_LEAST_SPREAD, _NEAR_ZERO = 0.1, 0.01
+"""Of the size of a profile's prediction: what no coefficient is known better than, and what a fit's zero looks like."""
 FLOOR_MS = 0.01
 _MAD_FIRST, _MAD_LEAST, _MAD_STEP = 0.3, 0.04, 0.05
 _MADS = 5.0
@@ -61,20 +63,31 @@ class Fit:
     )  # fmt: skip
 
     def __init__(self, a: float, b: float = 0.0, c: float = 0.0, *, trusted: bool = False) -> None:
-        """`trusted`: the coefficients were measured, and none may leave [1/4, 4] of what it was."""
+        """`trusted`: the coefficients were measured, and none may leave [1/4, 4] of what it was.
+
+        A coefficient of (nearly) 0 is what a fit without negative ones says of what it could not tell apart: it may
+        grow to 4 times the whole prediction.
+        """
         self.a, self.b, self.c = a, b, c
         self.n = 0
         """Observations taken."""
         self.num_outliers = 0
         self._mad = _MAD_FIRST
         self._streak = 0
-        self._bounds = tuple((x / _FACTOR_MAX, x * _FACTOR_MAX or inf) for x in (a, b, c)) if trusted else None
+        self._bounds: tuple[tuple[float, float], ...] | None = None
         p = _SPREAD * max(a, FLOOR_MS) ** 2
         self.p00, self.p11, self.p22 = p, p, p
         if trusted:
-            least = 0.1 * a
-            self.p00, self.p11, self.p22 = (_PROFILE_SPREAD * max(x, least) ** 2 for x in (a, b, c))
+            size = max(a + b + c, FLOOR_MS)
+            reach = [x if x > _NEAR_ZERO * size else size for x in (a, b, c)]
+            self.p00, self.p11, self.p22 = (_PROFILE_SPREAD * max(x, _LEAST_SPREAD * size) ** 2 for x in reach)
+            self._bounds = tuple((x / _FACTOR_MAX, far * _FACTOR_MAX) for x, far in zip((a, b, c), reach, strict=True))
         self.p01 = self.p02 = self.p12 = 0.0
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it began with measured coefficients."""
+        return self._bounds is not None
 
     def at(self, x1: float, x2: float = 0.0) -> float:
         y = self.a + self.b * x1 + self.c * x2
@@ -307,9 +320,9 @@ class ModeEstimate:
     def seed(self, info: EngineInfo) -> None:
         """The engine came up. Its warm-up is the prior, unless a profile or requests have taught better already."""
         self.num_frozen = _FROZEN
-        if self.ttft.n == 0 and info.idle_ttft_ms > 0 and not self.ttft.b:
+        if self.ttft.n == 0 and info.idle_ttft_ms > 0 and not self.ttft.is_trusted:
             self.ttft = Fit(info.idle_ttft_ms)
-        if self.tpot.n == 0 and info.idle_tpot_ms > 0 and not self.tpot.b:
+        if self.tpot.n == 0 and info.idle_tpot_ms > 0 and not self.tpot.is_trusted:
             self.tpot = Fit(info.idle_tpot_ms)
 
     def seed_profile(self, profile: ModeProfile) -> None:

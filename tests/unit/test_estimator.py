@@ -7,7 +7,7 @@ from random import Random
 import msgspec
 import pytest
 
-from msd.core.estimator import Corrections, Fit, ModeEstimate, Sharing, batch_cell, prompt_cell
+from msd.core.estimator import FLOOR_MS, Corrections, Fit, ModeEstimate, Sharing, batch_cell, prompt_cell
 from msd.domain import EngineInfo
 from msd.profile import ModeProfile
 
@@ -145,6 +145,25 @@ def test_what_was_profiled_stays_within_a_factor_of_four() -> None:
     assert (line.a >= 2.5, line.b >= 1.0, line.c >= 0.5) == (True, True, True)
 
 
+@pytest.mark.parametrize("coefficients", [(0.0, 5.0, 0.0), (0.0, 0.0, 5.0), (5.0, 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_a_zero_of_a_profile_can_be_learnt(coefficients: tuple[float, float, float]) -> None:
+    """Non-negative least squares gives zeros: with P = 0 and bounds [0, 0] they stayed, 2 ms where 12 were due."""
+    rng = Random(10)
+    line = Fit(*coefficients, trusted=True)
+    least = tuple(x / 4.0 for x in coefficients)
+    for _ in range(500):
+        line.learn(0.1, 0.01, 12.0)
+        assert all(now >= bound for now, bound in zip((line.a, line.b, line.c), least, strict=True))
+    size = max(sum(coefficients), FLOOR_MS)
+    assert line.at(0.1, 0.01) == pytest.approx(min(12.0, 4.4 * size), rel=0.05)
+    if sum(coefficients):
+        line = Fit(*coefficients, trusted=True)
+        for _ in range(500):
+            x1, x2 = rng.random(), rng.random()
+            line.learn(x1, x2, 6.0 + 3.0 * x1 + 2.0 * x2)
+        assert line.at(0.5, 0.5) == pytest.approx(8.5, rel=0.05)
+
+
 def test_a_profile_weighs_more_than_a_warm_up() -> None:
     guessed, measured = Fit(10.0), Fit(10.0, 4.0, 2.0, trusted=True)
     for line in (guessed, measured):
@@ -244,6 +263,13 @@ def test_a_profile_is_the_prior_and_a_start_does_not_replace_it() -> None:
     assert estimate.eos_step_ms == 7.0
     assert estimate.costs is not None
     assert estimate.costs.step_mj == 1_500.0
+
+
+def test_a_profile_without_slopes_is_not_replaced_by_the_warm_up() -> None:
+    estimate = ModeEstimate()
+    estimate.seed_profile(msgspec.structs.replace(PROFILE, ttft_ms=(25.0, 0.0, 0.0), tpot_ms=(10.0, 0.0, 0.0)))
+    estimate.seed(info())
+    assert (estimate.ttft_ms(1_000), estimate.tpot_ms(3)) == (25.0, 10.0)
 
 
 def test_a_profile_without_energy_leaves_it_unknown() -> None:
