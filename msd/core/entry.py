@@ -36,7 +36,6 @@ class Entry:
         "eligible",
         "end_us",
         "expected_p90_tokens",
-        "expected_p90_tokens",
         "expected_tokens",
         "falls_back",
         "first_due_us",
@@ -82,11 +81,12 @@ class Entry:
         self.expected_tokens = 0
         """Output: the median of its length class; more once it has generated more than nine of ten do."""
         self.expected_p90_tokens = 0
-        self.expected_p90_tokens = 0
+        """As many as nine of ten do generate; its memory is reserved for so many."""
         self.length_class: tuple[str, str, int, int] = ("", "", 0, 0)
         self.weight_tokens = request.num_prompt_tokens + request.max_tokens
         self.reserved_tokens = 0
         self.waiting_since_us = request.received_us
+        """Since when it is in the queue this time; its user has waited since `request.received_us`."""
         self.dispatched_us = 0
         self.first_token_us = 0
         self.num_cached_tokens = 0

@@ -153,7 +153,7 @@ def extract(
         num_waiting,
         arrival_cv,
         fleet.memory_pressure(),
-        t_us - entry.waiting_since_us,
+        t_us - request.received_us,
         None if deadline_us is None else deadline_us - t_us,
         None if view is None else t_us - view.t_us,
         entry.expected_p90_tokens,

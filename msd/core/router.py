@@ -43,7 +43,7 @@ class Router:
         prompt, expected = request.num_prompt_tokens, entry.expected_tokens
         total = prompt + request.max_tokens
         need = prompt + expected
-        t_us = entry.waiting_since_us + features.waited_us
+        t_us = request.received_us + features.waited_us
         slack_ms = None if features.slack_us is None else features.slack_us * 0.001
         steps = expected - 1
         ends_itself = not request.ignore_eos and expected < request.max_tokens

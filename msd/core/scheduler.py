@@ -588,18 +588,19 @@ class Scheduler:
             self._feedback.finished(entry, t_us, event.finish_reason, num_tokens, energy is not None, self._out)
         else:
             is_moved = entry.abort_reason == "move"
-            energy = self._vacate(entry, t_us, num_tokens, wasted="restarted" if is_moved else "aborted")
+            goes_on = is_moved and self._drain_until_us is None
+            energy = self._vacate(entry, t_us, num_tokens, wasted="restarted" if goes_on else "aborted")
             self._feedback.aborted(entry, num_tokens)
-            if is_moved and self._drain_until_us is None:
+            if goes_on:
                 entry.num_moves += 1
-                entry.abort_reason = ""
                 self._restart(entry, t_us, "engine_left")
             elif is_moved:
-                self._end(entry, t_us, "draining", "its engine had to leave while the daemon was stopping")
+                self._end(entry, t_us, "draining", "its engine had to leave while the daemon was stopping", energy)
             elif entry.abort_reason in ("", "cancel"):
                 self._complete(entry, t_us, "abort", num_tokens, energy)
             else:
-                self._end(entry, t_us, entry.abort_reason, "aborted: the daemon stopped before the request finished")
+                message = "aborted: the daemon stopped before the request finished"
+                self._end(entry, t_us, entry.abort_reason, message, energy)
         self._fill(t_us)
 
     def _on_failed(self, event: e.Failed) -> None:
@@ -607,21 +608,25 @@ class Scheduler:
         if entry is None:
             return
         t_us = event.t_us
-        self._vacate(entry, t_us, 0, wasted="restarted" if event.lost else "failed")
+        is_cancelled = entry.abort_reason == "cancel"
+        is_given_up = entry.attempt - entry.num_moves >= self._limits.max_attempts
+        goes_on = event.lost and not is_cancelled and not is_given_up and self._drain_until_us is None
+        wasted: WasteReason = "restarted" if goes_on else "aborted" if event.lost and is_cancelled else "failed"
+        energy = self._vacate(entry, t_us, 0, wasted=wasted)
         if event.lost and entry.decision is not None:
             # The pool reports EngineLost only after all of its attempts: nothing may be sent there meanwhile.
             self.fleet.engine_lost(entry.decision.engine)
-        if not event.lost:
-            self._end(entry, t_us, event.error_code, event.message)
-        elif entry.abort_reason == "cancel":
-            self._end_unrun(entry, t_us)
-        elif entry.attempt - entry.num_moves >= self._limits.max_attempts:
-            message = f"its engine died in each of {entry.attempt} attempts; the last: {event.message}"
-            self._end(entry, t_us, "dead_letter", message)
-        elif self._drain_until_us is not None:
-            self._end(entry, t_us, "draining", "its engine was lost while the daemon was stopping")
-        else:
+        if goes_on:
             self._restart(entry, t_us, "engine_lost")
+        elif not event.lost:
+            self._end(entry, t_us, event.error_code, event.message, energy)
+        elif is_cancelled:
+            self._end_unrun(entry, t_us, energy)
+        elif is_given_up:
+            message = f"its engine died in each of {entry.attempt} attempts; the last: {event.message}"
+            self._end(entry, t_us, "dead_letter", message, energy)
+        else:
+            self._end(entry, t_us, "draining", "its engine was lost while the daemon was stopping", energy)
         self._fill(t_us)
 
     def _vacate(
@@ -709,7 +714,7 @@ class Scheduler:
         )
         self._store(entry, outcome, "aborted" if finish_reason == "abort" else "delivered")
 
-    def _end_unrun(self, entry: Entry, t_us: int) -> None:
+    def _end_unrun(self, entry: Entry, t_us: int, energy: Energy | None = None) -> None:
         """A cancelled request that does not run: an abort without tokens."""
         request = entry.request
         waited_ms = (t_us - request.received_us) * 0.001
@@ -721,11 +726,12 @@ class Scheduler:
             reason=reason,
             num_prompt_tokens=request.num_prompt_tokens,
             timings=Timings(queue_ms=waited_ms, e2e_ms=waited_ms),
+            energy=energy,
         )
         self._store(entry, outcome, "aborted")
 
-    def _end(self, entry: Entry, t_us: int, code: str, message: str) -> None:
-        """The request failed for good."""
+    def _end(self, entry: Entry, t_us: int, code: str, message: str, energy: Energy | None = None) -> None:
+        """The request failed for good; `energy`: what its last attempt used."""
         self.errors[code] += 1
         outcome = Outcome(
             request_id=entry.request.request_id,
@@ -735,6 +741,7 @@ class Scheduler:
             message=message,
             num_prompt_tokens=entry.request.num_prompt_tokens,
             timings=Timings(e2e_ms=(t_us - entry.request.received_us) * 0.001),
+            energy=energy,
         )
         self._store(entry, outcome, "failed")
 
@@ -847,6 +854,7 @@ class Scheduler:
         """The attempt came to nothing, and not by the request: it waits again."""
         self.counts.restarts += 1
         entry.parked = -1
+        entry.abort_reason = ""
         entry.waiting_since_us = t_us
         self.admission.reserve(entry)
         self._out.append(c.Restart(entry.request.request_id, entry.attempt + 1, reason))
