@@ -131,7 +131,6 @@ def _parts(
 
 
 def _cost_rows(matrix: Matrix, gate: Gate, config: PolicyConfig | None) -> list[Score]:
-    from msd.config import CostConfig
     from msd.learning import replay
 
     if config is not None:
@@ -140,7 +139,6 @@ def _cost_rows(matrix: Matrix, gate: Gate, config: PolicyConfig | None) -> list[
         replay.cost(matrix, gate=gate),
         replay.cost(matrix, gate=gate, revealed=True),
         replay.cost(matrix, gate=gate, known_lengths=False),
-        replay.cost(matrix, gate=gate, config=CostConfig()),
     ]
 
 

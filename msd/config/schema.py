@@ -23,7 +23,7 @@ Millijoules = Annotated[float, Meta(ge=0, le=1e7)]
 Ratio = Annotated[float, Meta(ge=0, le=1e6)]
 Watts = Annotated[float, Meta(ge=0, le=10_000)]
 
-POLICY_NAMES: Final = ("fixed", "random", "round_robin", "rules", "cost", "learned")
+POLICY_NAMES: Final = ("fixed", "random", "round_robin", "least_loaded", "rules", "cost", "learned")
 """What `policy.name` may be. The policies themselves are above this layer; a test holds the two lists together."""
 
 
@@ -280,9 +280,7 @@ class CostConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `cost` minimises: predicted latency, energy and SLO misses of a request and of those beside it."""
 
     latency_weight: Annotated[Ratio, Meta(description="Cost of a second of E2EL.")] = 1.0
-    energy_weight: Annotated[
-        Ratio, Meta(description="Cost of a kilojoule. 0: energy only breaks ties (where it is known).")
-    ] = 1.0
+    energy_weight: Annotated[Ratio, Meta(description="Cost of a kilojoule. 0: energy does not count.")] = 0.2
     slo_weight: Annotated[
         Ratio, Meta(description="Cost of each second by which an SLO or deadline is missed, beside its latency.")
     ] = 10.0

@@ -25,8 +25,7 @@ Gate = Literal["measured", "no_gptq"]
 """Which modes have passed: as the measured cells say, or those without any that GPTQ quantised."""
 _WITHOUT: Final[dict[Gate, str]] = {"measured": "", "no_gptq": "gptq"}
 _SUFFIX: Final[dict[Gate, str]] = {"measured": "", "no_gptq": ", no GPTQ"}
-PROTOCOL_COST: Final = CostConfig(latency_weight=1.0, energy_weight=0.0, energy_ratio_max=1.0)
-"""The question that the paper asks: least latency, at no more energy than the reference. Else the defaults."""
+_DEFAULT: Final = CostConfig()
 _TAGS: Final = {
     "mmlu_pro_eval": "mmlu_pro",
     "gsm8k_eval": "gsm8k",
@@ -91,7 +90,7 @@ def cost(
     matrix: Matrix,
     *,
     gate: Gate = "measured",
-    config: CostConfig = PROTOCOL_COST,
+    config: CostConfig = _DEFAULT,
     known_lengths: bool = True,
     revealed: bool = False,
 ) -> Score:
@@ -110,8 +109,6 @@ def cost(
         f"energy_ratio_max {config.energy_ratio_max:g}"
     ]
     name = "cost"
-    if config == CostConfig():
-        name += ", default weights"
     if not known_lengths:
         name += ", length class unseen"
     if revealed:

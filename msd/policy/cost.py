@@ -44,8 +44,13 @@ _ALPHA = 0.02
 _NOT_SERVED = 2.0
 """A request that a mode may not serve counts as this many times the best mode's work: another engine must run too."""
 
-_LEAST = "costs least"
+_ONLY = "the only mode that may serve it now"
+_FASTEST = "costs least: the fastest"
+_GENTLEST = "costs least: slows others least"
+_SAVES = "costs least: takes least energy"
+_BALANCE = "costs least: best on balance"
 _QUEUES = "costs least, although it waits"
+_EMPTIER = "as cheap as any, and emptier"
 _CACHED = "as cheap as any, and has the session's cache"
 _LATE = Choice(YIELD, 1.0, "late already: lets others go first")
 _HARMS = Choice(YIELD, 1.0, "would make others late: lets them go first")
@@ -123,10 +128,13 @@ class Cost:
         own = features.session_arm
         if own >= 0 and own != best and 0.0 <= costs[own] <= equal and not candidates[own].mask:
             return Choice(own, 1.0, _CACHED)
+        cheapest = best
         for arm, cost in enumerate(costs):
             if arm != best and 0.0 <= cost <= equal and candidates[arm].num_running < chosen.num_running:
                 best, chosen = arm, candidates[arm]
-        return Choice(best, 1.0, _QUEUES if chosen.mask else _LEAST)
+        if best != cheapest and not chosen.mask:
+            return Choice(best, 1.0, _EMPTIER)
+        return Choice(best, 1.0, _QUEUES if chosen.mask else _why(chosen, candidates, costs))
 
     def _over_the_bound(self, candidates: Sequence[Candidate]) -> Sequence[int]:
         """The arms that take too much energy, unless they are all that is left. Unknown energy is not too much."""
@@ -168,6 +176,24 @@ class Cost:
         self._work_ms = [float(work[name]) for name in self._names]
         self._home = self._work_ms.index(min(self._work_ms)) if any(self._work_ms) else -1
         self._strict = strict
+
+
+def _why(chosen: Candidate, candidates: Sequence[Candidate], costs: Sequence[float]) -> str:
+    """What the choice has before all others, for people who read `msd status`."""
+    is_only = is_fastest = is_gentlest = is_thriftiest = True
+    energy_mj = chosen.energy_mj
+    for c, cost in zip(candidates, costs, strict=True):
+        if cost < 0.0 or c is chosen:
+            continue
+        is_only = False
+        is_fastest = is_fastest and chosen.e2el_ms <= c.e2el_ms
+        is_gentlest = is_gentlest and chosen.delay_ms <= c.delay_ms
+        is_thriftiest = is_thriftiest and energy_mj is not None and (c.energy_mj is None or energy_mj <= c.energy_mj)
+    if is_only:
+        return _ONLY
+    if is_fastest:
+        return _FASTEST
+    return _GENTLEST if is_gentlest else _SAVES if is_thriftiest else _BALANCE
 
 
 def _references(modes: Sequence[Mode]) -> tuple[int, ...]:
