@@ -229,7 +229,7 @@ class Daemon:
     def _on_withdrawn(self, withdrawal: gate.Withdrawal) -> None:
         """A mode was found worse in production. Raises ConfigError when that cannot be kept."""
         self._gated = _kept_back(self._config, self._dispatcher.scheduler.certificates)
-        gate.keep_withdrawal(self._withdrawals, withdrawal)
+        gate.keep_withdrawals(self._withdrawals, [withdrawal])
 
     async def _serve(self, tasks: asyncio.TaskGroup, crash: asyncio.Future[None], probes: tuple[GpuProbe, ...]) -> None:
         """From READY to the last answer. Raises what crashed, if something did."""

@@ -7,18 +7,23 @@ hand from one that was measured: certificates are only worth what was measured.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from os import SEEK_END, fsync
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import structlog
 from msgspec import Struct, structs
 
 from msd.errors import ConfigError
+from msd.files import sync_folder, write_whole
 
 SCHEMA = 1
 Verdict = Literal["certified", "revoked", "undecided"]
 ALL_TASKS = "*"
 """The row that stands for requests which name no task: all tasks together."""
+_log = structlog.get_logger(__name__)
 
 
 class GateRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,37 +89,64 @@ def checksum(gate: GateFile) -> str:
 
 
 def write(file: Path, gate: GateFile) -> GateFile:
-    """Write the file with its checksum; returns what is in it."""
+    """Write the file with its checksum, whole or not at all; returns what is in it. Raises ConfigError."""
     signed = structs.replace(gate, checksum=checksum(gate))
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(signed), indent=2) + b"\n")
+    write_whole(file, msgspec.json.format(msgspec.json.encode(signed), indent=2) + b"\n", "gate file")
     return signed
 
 
 def load_withdrawals(file: Path) -> tuple[Withdrawal, ...]:
-    """What was withdrawn in production before; nothing where there is no file. Raises ConfigError: not readable."""
+    """What was withdrawn in production before; nothing where there is no file. Raises ConfigError: not readable.
+
+    A last line that was torn by a crash is left out: what it took away will be found again.
+    """
     try:
-        lines = file.read_bytes().splitlines()
+        *lines, rest = file.read_bytes().split(b"\n")
     except FileNotFoundError:
         return ()
     except OSError as error:
         raise ConfigError(f"withdrawn certificates {file}: {error.strerror}") from error
     try:
-        return tuple(msgspec.json.decode(line, type=Withdrawal) for line in lines if line)
-    except msgspec.DecodeError as error:
+        kept = [msgspec.json.decode(line, type=Withdrawal) for line in lines if line]
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"withdrawn certificates {file} cannot be read: {error}",
             remedy="it says which modes were found worse in production; remove it only after `msd gate` has run again",
         ) from error
+    if rest:
+        if _is_whole(rest):
+            kept.append(msgspec.json.decode(rest, type=Withdrawal))
+        else:
+            _log.warning("torn_line_skipped", file=str(file), num_bytes=len(rest))
+    return tuple(kept)
 
 
-def keep_withdrawal(file: Path, withdrawal: Withdrawal) -> None:
-    """Note it beyond the process. Raises ConfigError when the folder cannot be written."""
+def keep_withdrawals(file: Path, withdrawals: Sequence[Withdrawal]) -> None:
+    """Note them on the disk, beyond the process. Raises ConfigError when the folder cannot be written."""
+    lines = b"".join(msgspec.json.encode(one) + b"\n" for one in withdrawals)
     try:
         file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        with file.open("ab") as stream:
-            stream.write(msgspec.json.encode(withdrawal) + b"\n")
+        with file.open("a+b") as stream:
+            stream.seek(0)
+            rest = stream.read().rpartition(b"\n")[2]
+            if _is_whole(rest):
+                lines = b"\n" + lines
+            elif rest:
+                stream.truncate(stream.seek(-len(rest), SEEK_END))
+            stream.write(lines)
+            stream.flush()
+            fsync(stream.fileno())
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}", remedy="set daemon.state_dir") from error
+    sync_folder(file.parent)
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        msgspec.json.decode(line, type=Withdrawal)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def load(file: Path) -> GateFile:

@@ -5,7 +5,6 @@ It holds for one GPU, one vLLM and the recipes in it; `load` refuses it elsewher
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from msgspec import Struct
 
 from msd.config import Config, EngineConfig
 from msd.errors import ConfigError
+from msd.files import write_whole
 from msd.recipe import recipe_hash
 
 SCHEMA = 1
@@ -149,7 +149,5 @@ def load(file: Path) -> Profile:
 
 
 def write(file: Path, profile: Profile) -> None:
-    """Write the profile, whole or not at all."""
-    draft = file.with_name(f"{file.name}.new")
-    draft.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
-    os.replace(draft, file)
+    """Write the profile, whole or not at all. Raises ConfigError."""
+    write_whole(file, msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n", "profile")

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct, structs
 from msd.config import Config
 from msd.domain import Precision, Speculation
 from msd.errors import ConfigError
+from msd.files import write_whole
 
 SCHEMA = 1
 Kind = Literal["logistic", "tree", "forest", "boosting"]
@@ -84,12 +85,9 @@ def checksum(router: Router) -> str:
 
 
 def write(file: Path, router: Router) -> None:
-    """Write the router with its checksum. Raises ConfigError."""
+    """Write the router with its checksum, whole or not at all. Raises ConfigError."""
     signed = structs.replace(router, checksum=checksum(router))
-    try:
-        file.write_bytes(msgspec.json.format(msgspec.json.encode(signed), indent=1) + b"\n")
-    except OSError as error:
-        raise ConfigError(f"router {file}: {error.strerror}", remedy="name another file") from error
+    write_whole(file, msgspec.json.format(msgspec.json.encode(signed), indent=1) + b"\n", "router")
 
 
 def load(file: Path) -> Router:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from msd import gate
+from msd import gate, profile, router_file
 from msd.config import Config, InvalidConfigError, load, parse
 from msd.daemon import Daemon
 from msd.errors import ConfigError
@@ -40,6 +43,44 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     read = gate.load(tmp_path / "gate.json")
     assert msgspec.structs.replace(read, checksum="") == msgspec.structs.replace(made, checksum="")
     assert read.checksum == gate.checksum(made)
+
+
+def write_gate(file: Path) -> None:
+    gate.write(file, gate_of({}))
+
+
+def write_profile(file: Path) -> None:
+    made = {"schema": 1, "created": "", "command": "", "device": "", "engine_version": "", "source": "simulated"}
+    profile.write(file, msgspec.convert({**made, "idle_w": None, "modes": []}, profile.Profile))
+
+
+def write_router(file: Path) -> None:
+    scores = dict.fromkeys(("num_judged", "num_violations"), 0) | dict.fromkeys(
+        ("speedup", "energy_ratio", "regret", "oracle_match"), 0.0
+    )
+    made = {"schema": 1, "kind": "tree", "num_examples": 0, "features": [], "modes": [], "versions": {}}
+    words = dict.fromkeys(("created", "command", "source", "data_hash"), "")
+    held_out = {"unit": "families", **scores}
+    router_file.write(file, msgspec.convert({**made, **words, "held_out": held_out}, router_file.Router))
+
+
+@pytest.mark.parametrize("write", [write_gate, write_profile, write_router])
+def test_a_crash_while_it_is_written_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    """The disk is full before the last byte is safe: the old file stands, and nothing lies beside it."""
+    file = tmp_path / "measured.json"
+    write(file)
+    file.write_text("measured for hours")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="No space left on device"):
+        patch.setattr("msd.files.os.fsync", full)
+        write(file)
+    assert file.read_text() == "measured for hours"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def edited(file: Path) -> None:
@@ -192,17 +233,48 @@ def test_what_is_lossless(engine: dict[str, object], lossless: bool) -> None:
 def test_withdrawals_are_kept_and_read_again(tmp_path: Path) -> None:
     file = tmp_path / "state" / "withdrawn.jsonl"
     assert gate.load_withdrawals(file) == ()
-    gate.keep_withdrawal(file, WITHDRAWAL)
-    gate.keep_withdrawal(file, msgspec.structs.replace(WITHDRAWAL, task="sort"))
+    gate.keep_withdrawals(file, [WITHDRAWAL])
+    gate.keep_withdrawals(file, [msgspec.structs.replace(WITHDRAWAL, task="sort")])
     assert [one.task for one in gate.load_withdrawals(file)] == ["copy", "sort"]
 
 
-def test_a_torn_file_of_withdrawals_is_refused(tmp_path: Path) -> None:
-    """Starting without it would send requests to a mode that was found worse."""
+@pytest.mark.parametrize("rest", [b'{"mode": "m1"', b'"\xff', bytes(20)])
+def test_a_torn_last_line_is_skipped_with_a_warning_and_leaves_no_trace(tmp_path: Path, rest: bytes) -> None:
     file = tmp_path / "withdrawn.jsonl"
-    file.write_text('{"mode": "m1"')
+    gate.keep_withdrawals(file, [WITHDRAWAL])
+    with file.open("ab") as stream:
+        stream.write(rest)
+    with capture_logs() as logged:
+        assert gate.load_withdrawals(file) == (WITHDRAWAL,)
+    assert [(line["event"], line["num_bytes"]) for line in logged] == [("torn_line_skipped", len(rest))]
+    sort = msgspec.structs.replace(WITHDRAWAL, task="sort")
+    gate.keep_withdrawals(file, [sort])
+    with capture_logs() as logged:
+        assert gate.load_withdrawals(file) == (WITHDRAWAL, sort)
+    assert not logged
+
+
+def test_a_last_line_without_its_newline_counts_and_stays_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "withdrawn.jsonl"
+    file.write_bytes(msgspec.json.encode(WITHDRAWAL))
+    assert gate.load_withdrawals(file) == (WITHDRAWAL,)
+    gate.keep_withdrawals(file, [WITHDRAWAL])
+    assert gate.load_withdrawals(file) == (WITHDRAWAL, WITHDRAWAL)
+
+
+def test_a_broken_line_before_the_last_is_refused(tmp_path: Path) -> None:
+    """No crash does that; starting without it would send requests to a mode that was found worse."""
+    file = tmp_path / "withdrawn.jsonl"
+    file.write_bytes(b'{"mode": "m1"\n' + msgspec.json.encode(WITHDRAWAL) + b"\n")
     with pytest.raises(ConfigError, match="found worse in production"):
         gate.load_withdrawals(file)
+
+
+def test_a_withdrawal_is_on_the_disk_before_it_counts_as_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("msd.gate.fsync", lambda number: synced.append(os.fstat(number).st_size))
+    gate.keep_withdrawals(tmp_path / "withdrawn.jsonl", [WITHDRAWAL])
+    assert synced == [len(msgspec.json.encode(WITHDRAWAL)) + 1]
 
 
 # --- the daemon -----------------------------------------------------------------------------------------------------
@@ -244,7 +316,7 @@ def test_the_daemon_remembers_what_it_withdrew(folder: Path) -> None:
     signed = gate.write(folder / "gate.json", msgspec.structs.replace(made, rows=rows))
     assert Daemon(config, folder)._scheduler(None).certificates.summary(1).text == "certified"
     gone = msgspec.structs.replace(WITHDRAWAL, recipe=recipes["m1"], gate=signed.checksum)
-    gate.keep_withdrawal(folder / "state" / "withdrawn.jsonl", gone)
+    gate.keep_withdrawals(folder / "state" / "withdrawn.jsonl", [gone])
     again = Daemon(config, folder)
     text = again._scheduler(None).certificates.summary(1).text
     assert text == "withdrawn in production on copy after 9 pairs (-10.0 points)"
