@@ -11,6 +11,7 @@ from msd.errors import ConfigError
 from msd.policy.cost import Cost
 from msd.policy.fixed import Fixed
 from msd.policy.learned import Learned
+from msd.policy.least_loaded import LeastLoaded
 from msd.policy.random import RandomMode
 from msd.policy.round_robin import RoundRobin
 from msd.policy.rules import Rules
@@ -20,6 +21,7 @@ POLICIES: dict[str, Callable[[PolicyConfig, Sequence[Mode]], Policy]] = {
     "fixed": Fixed,
     "random": RandomMode,
     "round_robin": RoundRobin,
+    "least_loaded": LeastLoaded,
     "rules": Rules,
     "cost": Cost,
     "learned": Learned,

@@ -63,8 +63,8 @@ class ModeTruth(Struct, frozen=True, kw_only=True):
     tokens_per_step: float = 1.0
 
     def drifted(self, seed: int) -> ModeTruth:
-        """The hidden truth of a seed: the same for every contestant, known to none."""
-        rng = Random(f"{seed}/drift/{self.name}")
+        """The hidden truth of a seed: the same for every contestant, known to none. A cache changes no kernel."""
+        rng = Random(f"{seed}/drift/{self.name.removesuffix('_pc')}")
 
         def off(value: float) -> float:
             return value * rng.uniform(1.0 - DRIFT, 1.0 + DRIFT)
