@@ -38,7 +38,7 @@ from msd.profile import ModeProfile, Profile
 
 ENUMERATED = 10
 """Up to this many engines all sets are looked at; beyond, neighbours of the present one."""
-MAX_EVALUATIONS = 64
+MAX_EVALUATIONS = 48
 """Sets judged per plan, which is most of its cost."""
 MAX_WEIGHED = 12
 """Of the best ones, whose transition is priced."""
@@ -451,12 +451,15 @@ class Residency:
             if after == present or subset & dead or (is_unsafe and not self._is_safe(modes)):
                 continue
             reason = urgency or ("unserved" if starving > fast.starving(modes) else "gain")
-            gain, price = now_costs - costs, self._price(present & ~dead, after, fast, budget)
+            gain = now_costs - costs
+            if not urgency and gain < NOISE * now_costs:
+                continue
+            price = self._price(present & ~dead, after, fast, budget)
             net = self._net(reason, gain, price, life_s, dead)
             if reason == "engine lost" and net <= 0:
                 continue
             if not urgency:
-                if net <= 0 or gain < NOISE * now_costs:
+                if net <= 0:
                     continue
                 slow_gain = slow_costs - slow.least_of(modes)
                 if reason == "gain" and (

@@ -674,11 +674,14 @@ def plan_ms(options: Options) -> list[float]:
         t_us = 1_000_000
         moves = planner.tick(t_us, None)
         while moves:
+            engine, to = moves[0].engine, moves[0].to
             info = EngineInfo(
-                engine=moves[0].engine, max_model_len=4_096, max_num_seqs=32, kv_capacity_tokens=60_000, start_s=20.0
+                engine=engine, max_model_len=4_096, max_num_seqs=32, kv_capacity_tokens=60_000, start_s=20.0
             )
-            scheduler.handle(e.EngineUp(t_us, info))
+            scheduler.handle(e.EngineUp(t_us, info) if to == "resident" else e.EngineAsleep(t_us, engine, to, 0.3))
             moves = planner.tick(t_us, None)
+        if any(book.residence == "resident" and not book.up for book in scheduler.fleet.books):
+            raise CannotMeasureError("it is still about its first plan: what is timed would be none")
         worst = 0.0
         for _ in range(20):
             for _ in range(100):
