@@ -6,7 +6,7 @@ Units are last in names. `t_us` is a monotonic time in integer microseconds (doc
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
-from typing import Literal
+from typing import Final, Literal
 
 from msgspec import Struct
 
@@ -94,7 +94,7 @@ class Mode(Struct, frozen=True, kw_only=True):
     prefix_caching: bool = False
     simulated: bool = False
     quality: float | None = None
-    """Exact-match accuracy of this mode, 0..1, where the operator states it; what a gate measured is in its file."""
+    """Exact-match accuracy of this mode, 0..1, as the operator states it; what a gate has measured counts before it."""
     lossless: bool = False
     """It computes what the model's own weights say: no certificate needed (`msd.recipe.is_lossless`)."""
 
@@ -173,7 +173,25 @@ class Mask(IntFlag):
     ASLEEP = 256
 
 
-class Features(Struct, frozen=True):
+MASK_WORDS: Final = {
+    Mask.MODEL: "serves another model",
+    Mask.HINT: "the producer insists on another mode",
+    Mask.CONTEXT: "prompt and answer are longer than its context",
+    Mask.QUALITY: "not certified for this task, or below the quality floor",
+    Mask.HEALTH: "its engine is not up",
+    Mask.MEMORY: "no KV memory left for it now",
+    Mask.SLOTS: "full: it would wait",
+    Mask.DEADLINE: "too late for the deadline",
+    Mask.ASLEEP: "asleep: not on the GPU",
+}
+
+
+def reasons_against(mask: int) -> list[str]:
+    """Why a candidate must not be chosen, in words."""
+    return [words for bit, words in MASK_WORDS.items() if mask & bit]
+
+
+class Features(Struct, frozen=True, gc=False):
     """What is known of a request before its first token (docs/explanation/architecture.md, step 4).
 
     Tokens are counts, `arrival_cv` is the coefficient of variation of recent gaps between arrivals (1 = Poisson).
@@ -203,7 +221,7 @@ class Features(Struct, frozen=True):
     """The candidate that served this session last: its prefix cache is warm. -1: none."""
 
 
-class Candidate(Struct, frozen=True):
+class Candidate(Struct, frozen=True, gc=False):
     """One mode in one decision: predicted figures (ms; mJ or None) and the reasons, if any, not to choose it."""
 
     mode: str
@@ -235,7 +253,7 @@ YIELD = -1
 """No arm: the policy lets a request wait behind all those of which it has not said so. Only while something runs."""
 
 
-class Choice(Struct, frozen=True):
+class Choice(Struct, frozen=True, gc=False):
     """A policy's answer: index into the candidates or YIELD, the probability with which it was drawn, one line why."""
 
     arm: int

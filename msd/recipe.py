@@ -23,6 +23,27 @@ _ONLY_SPEED = frozenset(
         "enable_chunked_prefill", "compilation_config", "swap_space", "enable_sleep_mode", "async_scheduling",
     }
 )  # fmt: skip
+_ONLY_CACHES_AND_GRAPHS = frozenset(
+    {
+        "block_size", "prefix_caching_hash_algo", "num_gpu_blocks_override", "cudagraph_capture_sizes",
+        "max_cudagraph_capture_size", "cudagraph_metrics", "kv_cache_metrics", "disable_log_stats",
+    }
+)  # fmt: skip
+"""They stay in the hash, and keep a mode lossless."""
+_SPECULATIVE = frozenset(
+    {
+        "method", "num_speculative_tokens", "model", "revision", "quantization", "max_model_len", "enforce_eager",
+        "draft_tensor_parallel_size", "prompt_lookup_max", "prompt_lookup_min", "rejection_sample_method",
+        "draft_sample_method",
+    }
+)  # fmt: skip
+"""Keys that say what is proposed; vLLM's standard rejection sampling decides what is taken."""
+_METHODS = frozenset({"ngram", "draft_model", "eagle", "eagle3", "mtp", "suffix"})
+_DTYPES = {
+    "fp32": ("float32", "float"),
+    "bf16": ("bfloat16",),
+    "fp16": ("float16", "half"),
+}
 
 
 def recipe_hash(engine: EngineConfig, config: Config, base_dir: Path) -> str:
@@ -73,11 +94,32 @@ def fingerprint(folder: Path) -> str:
 def is_lossless(engine: EngineConfig) -> bool:
     """Whether the recipe computes what the model's own weights say: graphs, caching and speculation change nothing.
 
-    Other weights, 8- and 4-bit precisions and a quantised KV cache do; so they have to pass the gate.
+    Whatever is not known to keep the answers has to pass the gate: other weights, fewer bits, and any argument that is
+    not listed above.
     """
+    dtypes = _DTYPES.get(engine.precision)
+    if engine.weights or dtypes is None:
+        return False
+    for name, value in engine.args.items():
+        if name in _ONLY_SPEED or name in _ONLY_CACHES_AND_GRAPHS:
+            continue
+        if name == "dtype" and str(value).removeprefix("torch.") in dtypes:
+            continue
+        if name == "kv_cache_dtype" and str(value) == "auto":
+            continue
+        if name == "speculative_config" and _keeps_answers(value):
+            continue
+        return False
+    return True
+
+
+def _keeps_answers(speculative: object) -> bool:
+    """Whether every proposed token is checked as the model would have drawn it."""
+    if not speculative:
+        return True
     return (
-        not engine.weights
-        and engine.precision in ("fp32", "bf16", "fp16")
-        and "quantization" not in engine.args
-        and str(engine.args.get("kv_cache_dtype", "auto")) == "auto"
+        isinstance(speculative, dict)
+        and speculative.keys() <= _SPECULATIVE
+        and speculative.get("method", "draft_model") in _METHODS
+        and speculative.get("rejection_sample_method", "standard") == "standard"
     )

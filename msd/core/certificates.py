@@ -117,12 +117,9 @@ class Certificates:
         return Certificate("certified", row=row)
 
     def accuracy(self, arm: int, task: str | None) -> float | None:
-        """What the mode is known to reach in the task at least: as configured, else the lower bound of the gate."""
-        stated = self._modes[arm].quality
-        if stated is not None:
-            return stated
+        """What the mode is known to reach in the task at least: the gate's lower bound, else as configured."""
         row = self._row(arm, task)
-        return None if row is None else row.accuracy_low
+        return self._modes[arm].quality if row is None else row.accuracy_low
 
     def reference_for(self, request: Request) -> int:
         """The mode that serves when quality forbids all others: of the request's model, or -1."""

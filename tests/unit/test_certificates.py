@@ -172,10 +172,16 @@ def test_lossless_modes_reach_what_the_reference_reaches() -> None:
     assert known.accuracy(1, None) == 0.97
 
 
-def test_a_stated_accuracy_is_taken_for_the_measured_one() -> None:
-    stated = msgspec.structs.replace(INT8, quality=0.5)
-    known = certificates([REFERENCE, stated], gate_of({"m1": {"*": "certified"}}))
-    assert known.accuracy(1, None) == 0.5
+def test_a_stated_accuracy_counts_only_where_none_is_measured() -> None:
+    stated = msgspec.structs.replace(INT8, quality=0.95)
+    gate = gate_of({"m1": {"copy": "revoked"}}, accuracy_low=0.1)
+    known = certificates([REFERENCE, stated], gate)
+    assert known.refusal(1, request_of(task="copy", quality_floor=0.9)) == "0.1", "measured, whatever was stated"
+    assert known.refusal(1, request_of(task="chat", quality_floor=0.9)) == "", "nothing was measured there"
+    anew = certificates([REFERENCE, stated], gate, recipes={"m0": "m0", "m1": "changed"})
+    assert anew.accuracy(1, "copy") == 0.95, "the row is another recipe's"
+    elsewhere = certificates([REFERENCE, stated], gate, recipes={"m0": "other weights", "m1": "m1"})
+    assert elsewhere.accuracy(1, "copy") == 0.95, "the file is another reference's"
 
 
 def test_an_unknown_accuracy_keeps_no_floor() -> None:

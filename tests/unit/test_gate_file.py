@@ -76,9 +76,10 @@ def test_a_crash_while_it_is_written_leaves_the_file_as_it_was(
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="No space left on device"):
+    with monkeypatch.context() as patch:
         patch.setattr("msd.files.os.fsync", full)
-        write(file)
+        with pytest.raises(ConfigError, match="No space left on device"):
+            write(file)
     assert file.read_text() == "measured for hours"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -221,6 +222,20 @@ def test_a_simulated_engine_is_known_without_its_files(folder: Path) -> None:
         ({"weights": "elsewhere"}, False),
         ({"args": {"kv_cache_dtype": "fp8"}}, False),
         ({"args": {"quantization": "fp8"}}, False),
+        ({"args": {"enforce_eager": True, "block_size": 32, "compilation_config": {"level": 3}}}, True),
+        ({"args": {"kv_cache_dtype": "auto", "dtype": "bfloat16"}}, True),
+        ({"precision": "fp16", "args": {"dtype": "half"}}, True),
+        ({"precision": "fp16", "args": {"dtype": "bfloat16"}}, False),
+        ({"args": {"dtype": "auto"}}, False),
+        ({"args": {"hf_overrides": {"num_hidden_layers": 2}}}, False),
+        ({"args": {"enable_lora": True}}, False),
+        ({"args": {"load_format": "dummy"}}, False),
+        ({"args": {"an_argument_of_next_year": 1}}, False),
+        ({"args": {"speculative_config": {"method": "ngram", "rejection_sample_method": "standard"}}}, True),
+        ({"args": {"speculative_config": {"method": "ngram", "rejection_sample_method": "synthetic"}}}, False),
+        ({"args": {"speculative_config": {"method": "ngram", "synthetic_acceptance_length": 2}}}, False),
+        ({"args": {"speculative_config": {"method": "medusa"}}}, False),
+        ({"args": {"speculative_config": "ngram"}}, False),
     ],
 )
 def test_what_is_lossless(engine: dict[str, object], lossless: bool) -> None:
