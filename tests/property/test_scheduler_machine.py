@@ -6,22 +6,29 @@ scheduler's own books are compared with a recount from its open entries and from
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from msd.config import PolicyConfig
 from msd.core import commands as c
 from msd.core import events as e
-from msd.core.entry import Entry, Phase
-from msd.domain import CounterReading, EngineLoad, Request
-from tests.unit.core_world import CoreWorld, make_config
+from msd.core.energy_domain import Coefficients
+from msd.core.entry import YIELDING, Entry, Phase
+from msd.domain import CounterReading, EngineLoad, ExitKind, Request
+from msd.gate import ALL_TASKS
+from tests.unit.core_world import CoreWorld, gate_of, make_config
 
 TENANTS = ("anna", "ben", "carla")
 CLASSES = ("interactive", "standard", "batch")
 QUALITIES = (None, 0.5, 0.9)
 CONTEXTS = (64, 200)
+POLICIES = ("cost", "fixed", "random", "round_robin", "rules")
+WEIGHTS_BYTES = 10**9
+MOST_ROUNDS = 20
 
 submits = st.fixed_dictionaries(
     {
@@ -50,7 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         modes=st.integers(1, 4),
         slots=st.integers(1, 3),
-        policy=st.sampled_from(("fixed", "round_robin", "rules")),
+        policy=st.sampled_from(POLICIES),
         kv_capacity_tokens=st.sampled_from((120, 300, 100_000)),
         traits=st.lists(
             st.tuples(
@@ -60,6 +67,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_size=4,
         ),
         contexts_known=st.booleans(),
+        memory_for=st.sampled_from((0, 0, 1, 2)),
+        is_gated=st.booleans(),
     )
     def begin(
         self,
@@ -69,7 +78,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         kv_capacity_tokens: int,
         traits: list[tuple[float | None, int, bool, str]],
         contexts_known: bool,
+        memory_for: int,
+        is_gated: bool,
     ) -> None:
+        """`memory_for`: so many engines are up at once, by plan; 0: they stay. `is_gated`: with certificates."""
         self.contexts = {f"m{i}": context for i, (_, context, _, _) in enumerate(traits)}
         self.qualities = {f"m{i}": quality for i, (quality, _, _, _) in enumerate(traits)}
         self.models = {f"m{i}": "other" if other else "toy" for i, (_, _, other, _) in enumerate(traits)}
@@ -78,20 +90,37 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "model": self.models[f"m{i}"],
                 "quality": quality,
                 "precision": precision,
-                "sim": {"max_model_len": context},
+                "sim": {"max_model_len": context, "weights_bytes": WEIGHTS_BYTES},
+                "residency": "auto" if memory_for else "always",
             }
             for i, (quality, context, _, precision) in enumerate(traits)
         }
-        if not contexts_known:
+        if not contexts_known and not memory_for:
             for engine in engines.values():
                 engine["kind"] = "noop"
         limits = {"max_waiting": 12, "max_waiting_tokens": 1_500, "max_waiting_per_tenant": 8, "max_attempts": 2}
-        config = make_config(modes=modes, slots=slots, policy=policy, engines=engines, limits=limits)
-        self.world = CoreWorld(config, up=False, kv_capacity_tokens=kv_capacity_tokens)
+        config = make_config(
+            modes=modes,
+            slots=slots,
+            policy=policy,
+            engines=engines,
+            limits=limits,
+            quality={"shadow_share": 1.0},
+            residency={"plan_interval_s": 0.05, "min_dwell_s": 0.1, "drain_s": 0.05, "reserve_bytes": 0},
+            telemetry={"sim_memory_bytes": memory_for * WEIGHTS_BYTES if memory_for else 80 * 10**9},
+        )
+        gate = None
+        if is_gated:
+            gate = gate_of({f"m{i}": {"*": "certified", "gsm8k": "certified", "gpqa": "undecided"} for i in (1, 2, 3)})
+        self.world = CoreWorld(config, up=False, kv_capacity_tokens=kv_capacity_tokens, gate=gate)
         self.world.hold_appends = self.world.hold_completes = self.world.hold_aborts = True
         self.scheduler = self.world.scheduler
         self.slots = slots
-        self.down = set(self.contexts) & {engine.name for engine in config.engine}
+        self.names = set(self.contexts) & {engine.name for engine in config.engine}
+        self.down = set() if memory_for else set(self.names)
+        self.transits: dict[str, c.Transit] = {}
+        self.shadows: dict[str, c.Shadow] = {}
+        self.withdrawn: set[tuple[str, str]] = set()
         self.up: set[str] = set()
         self.dying: set[str] = set()
         self.old_attempts: list[tuple[str, int]] = []
@@ -99,6 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.counted_us = 0
         self.num_seen = 0
         self.restarts: Counter[str] = Counter()
+        self.moves: Counter[str] = Counter()
         self.aborts: Counter[tuple[str, int]] = Counter()
         self.acked: set[str] = set()
         self.repeated: set[str] = set()
@@ -129,6 +159,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(fields=submits)
     def recover(self, fields: dict[str, object]) -> None:
         self.submitted.add(self.world.recover(**fields))
+
+    @rule(fields=submits, num=st.integers(1, 4))
+    def serve(self, fields: dict[str, object], num: int) -> None:
+        """Whole lives at once: chance alone seldom takes a request to its end."""
+        for _ in range(num):
+            request_id = self.world.submit(**fields)
+            self.submitted.add(request_id)
+            if request_id in self.world.appending:
+                self.world.appended(request_id)
+            if request_id in self.world.running and request_id not in self.world.aborting:
+                self.world.t_us += 20_000
+                self.world.first_token(request_id)
+                self.world.finish(request_id, "stop", 3)
+            # Before its terminal state is stored, as in `commands_were_allowed`.
+            self.commands_were_allowed()
+            if request_id in self.world.completing:
+                self.world.completed(request_id)
 
     # --- the journal ---------------------------------------------------------------------------------------------
 
@@ -189,11 +236,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.up.add(name)
         self.world.engine_up(name, max_model_len=self.contexts[name])
 
-    @precondition(lambda self: self.up - self.dying)
+    @precondition(lambda self: self.transits)
+    @rule(is_lost=st.booleans())
+    def answer_transit(self, is_lost: bool) -> None:
+        """An engine that was to come may fail to; it is then started anew."""
+        self._answer_transit(is_lost=is_lost)
+
+    def _answer_transit(self, *, is_lost: bool) -> None:
+        name, transit = self.transits.popitem()
+        t_us = self.world.t_us
+        if transit.to != "resident":
+            self.world.post(e.EngineAsleep(t_us, name, transit.to, 0.01))
+        elif is_lost:
+            self.down.add(name)
+            self.world.post(e.EngineLost(t_us, name, ExitKind.DIED, "did not come"))
+        else:
+            self.up.add(name)
+            self.world.engine_up(name, max_model_len=self.contexts[name])
+
+    @precondition(lambda self: self.up - self.dying - set(self.transits))
     @rule(data=st.data())
     def engine_dies(self, data: st.DataObject) -> None:
         """Its attempts are reported one by one; other things may happen before the engine itself is."""
-        name = data.draw(st.sampled_from(sorted(self.up - self.dying)))
+        name = data.draw(st.sampled_from(sorted(self.up - self.dying - set(self.transits))))
         running = [id_ for id_, dispatch in self.world.running.items() if dispatch.decision.engine == name]
         self.dying.add(name)
         for request_id in running:
@@ -218,6 +283,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         progress = tuple((id_, 2) for id_, d in self.world.running.items() if d.decision.engine == name)
         load = EngineLoad(num_running=len(progress), kv_usage=kv_usage)
         self.world.post(e.EngineStepped(self.world.t_us, name, load, (*progress, ("unknown", 3))))
+
+    # --- what is learnt, and what changes ------------------------------------------------------------------------
+
+    @precondition(lambda self: self.shadows)
+    @rule(data=st.data(), agrees=st.sampled_from((True, False, False, False, None)), num_tokens=st.integers(0, 20))
+    def judge(self, data: st.DataObject, agrees: bool | None, num_tokens: int) -> None:
+        shadow_id = data.draw(st.sampled_from(sorted(self.shadows)))
+        if num_tokens:
+            self.world.post(e.FirstToken(self.world.t_us, shadow_id, 1, 0))
+        self._judge(shadow_id, agrees, num_tokens)
+
+    def _judge(self, shadow_id: str, agrees: bool | None, num_tokens: int) -> None:
+        shadow = self.shadows.pop(shadow_id)
+        difference = None if agrees is None else -1.0 + agrees
+        event = e.QualityJudged(self.world.t_us, shadow_id, shadow.mode, shadow.task, difference, num_tokens, agrees)
+        self.world.post(event)
+        assert not self.world.post(event), "judged twice"
+
+    @rule(policy=st.sampled_from(POLICIES))
+    def change_policy(self, policy: str) -> None:
+        self.world.post(e.ConfigChanged(self.world.t_us, PolicyConfig(name=policy)))
+        assert self.scheduler.policy_name == policy
+
+    @rule(data=st.data(), step_mj=st.floats(0, 10_000), token_mj=st.floats(0, 1_000))
+    def fit(self, data: st.DataObject, step_mj: float, token_mj: float) -> None:
+        name = data.draw(st.sampled_from(sorted(self.names)))
+        fitted = Coefficients(prefill_mj_per_token=token_mj, decode_mj_per_token=token_mj, step_mj=step_mj)
+        self.world.post(e.CoefficientsFitted(self.world.t_us, {name: fitted}))
 
     # --- time, counters, the end ---------------------------------------------------------------------------------
 
@@ -259,10 +352,27 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self._check_dispatch(command)
                 case c.Restart():
                     self.restarts[command.request_id] += 1
-                    assert self.restarts[command.request_id] < 2, "more attempts than limits.max_attempts"
+                    self.moves[command.request_id] += command.reason == "engine_left"
+                    assert self.moves[command.request_id] < 2, "moved again and again"
+                    num = self.restarts[command.request_id] - self.moves[command.request_id]
+                    assert num < 2, "more attempts than limits.max_attempts"
                 case c.Abort():
                     self.aborts[command.request_id, command.attempt] += 1
                     assert self.aborts[command.request_id, command.attempt] == 1, "told twice to abort"
+                case c.Transit():
+                    assert not self.transits, "two engines move at once"
+                    running = [d for d in self.world.running.values() if d.decision.engine == command.engine]
+                    assert not running, "it leaves with requests"
+                    self.transits[command.engine] = command
+                    self.up.discard(command.engine)
+                case c.Shadow():
+                    assert command.shadow_id not in self.shadows
+                    assert command.request_id in self.world.completing
+                    self.shadows[command.shadow_id] = command
+                case c.Withdraw():
+                    gone = command.withdrawal
+                    assert (gone.mode, gone.task) not in self.withdrawn
+                    self.withdrawn |= {(gone.mode, gone.task), (gone.mode, ALL_TASKS)}
                 case c.Ack():
                     assert command.request_id not in self.acked
                     self.acked.add(command.request_id)
@@ -283,7 +393,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert chosen.num_running < self.slots, "dispatched to a full mode"
         assert request.model in (None, self.models[name])
         assert not request.mode_strict or request.mode_hint in (None, name)
-        assert not request.quality_floor or (self.qualities[name] or 0.0) >= request.quality_floor
+        arm = self.scheduler.fleet.by_name[name]
+        accuracy = self.scheduler.certificates.accuracy(arm, request.task) or 0.0
+        assert self.qualities[name] is None or accuracy == self.qualities[name]
+        assert not request.quality_floor or accuracy >= request.quality_floor
         assert request.num_prompt_tokens + request.max_tokens <= self.contexts[name]
         assert request.deadline_us is None or request.deadline_us > decision.t_us, "dispatched past its deadline"
         assert 0 < decision.propensity <= 1
@@ -327,7 +440,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert book.reserved_tokens == sum(entry.reserved_tokens for entry in running)
             assert book.num_parked == sum(entry.parked == i for entry in waiting)
             assert len(running) < 2 or book.reserved_tokens <= book.kv_capacity_tokens
-            assert book.up == (book.mode.engine in self.up)
+            planner = scheduler.residency
+            is_leaving = planner is not None and planner.is_leaving(book.mode.engine)
+            assert book.up == (book.mode.engine in self.up and not is_leaving)
             assert fleet.up >> i & 1 == book.up
             assert fleet.free >> i & 1 == (book.up and book.num_running < book.num_slots)
         assert fleet.num_running == sum(book.num_running for book in fleet.books)
@@ -352,16 +467,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         if entry.static_masks[i] or self._total(entry.request) > (book.max_model_len or 0):
             return False
         parked = entry.parked
+        if parked == YIELDING:
+            assert self.scheduler.fleet.num_running, "waits for nothing"
+            return False
         return parked in (-1, i) or not self.scheduler.fleet.books[parked].up
 
     def _fits(self, entry: Entry, i: int) -> bool:
         book = self.scheduler.fleet.books[i]
-        need = entry.request.num_prompt_tokens + entry.expected_tokens
+        need = entry.request.num_prompt_tokens + entry.expected_p90_tokens
         return not book.num_running or book.reserved_tokens + need <= book.kv_capacity_tokens
 
     @staticmethod
     def _total(request: Request) -> int:
         return request.num_prompt_tokens + request.max_tokens
+
+    @invariant()
+    def shadows_are_all_known(self) -> None:
+        assert self.scheduler.shadows.num_running == len(self.shadows)
 
     @invariant()
     def the_ledger_closes(self) -> None:
@@ -379,16 +501,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name in sorted(self.dying):
             self.down.add(name)
             world.lose(name)
-        for name in sorted(self.down):
-            self.up.add(name)
-            world.engine_up(name, max_model_len=self.contexts[name])
         for request_id in sorted(world.appending):
             world.appended(request_id)
-        for _ in range(len(world.requests) + 1):
+        for _ in range(MOST_ROUNDS if self.scheduler.residency is not None else len(world.requests) + 1):
+            for name in sorted(self.down):
+                self.down.remove(name)
+                self.up.add(name)
+                world.engine_up(name, max_model_len=self.contexts[name])
             for request_id in sorted(world.running):
                 world.finish(request_id, "abort" if request_id in world.aborting else "stop", 3)
             for request_id in sorted(world.completing):
                 world.completed(request_id)
+            self.commands_were_allowed()
+            if not self.scheduler.entries():
+                break
+            if self.scheduler.residency is not None:
+                if self.transits:
+                    self._answer_transit(is_lost=False)
+                world.wait(100)
+                self.commands_were_allowed()
+        for shadow_id in sorted(self.shadows):
+            self._judge(shadow_id, None, 0)
+        assert self.scheduler.shadows.num_running == 0
+        if self.scheduler.residency is not None and self.scheduler.entries():
+            # Engines of two models that take turns for room for one: who waits how long is for the worlds of tests/sim.
+            assert world.conserved()
+            return
         assert not self.scheduler.entries(), "a request that never ends"
         assert self.scheduler.num_pending == 0
         assert world.conserved()
@@ -400,7 +538,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=int(os.environ.get("MSD_EXAMPLES", "60")),
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
