@@ -97,6 +97,8 @@ class Mode(Struct, frozen=True, kw_only=True):
     """Exact-match accuracy of this mode, 0..1, as the operator states it; what a gate has measured counts before it."""
     lossless: bool = False
     """It computes what the model's own weights say: no certificate needed (`msd.recipe.is_lossless`)."""
+    reference: bool = False
+    """What the other modes of its model are compared with, in quality and energy (`msd.recipe.find_references`)."""
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Final
 
 import msgspec
 
@@ -12,20 +11,8 @@ from msd.cli.decisions import Log, NotInLogError, add_log, predictions, signed, 
 from msd.cli.options import Commands, add_json
 from msd.cli.terminal import number, paint, table
 from msd.decisions import Decided, Episode, Observed
-from msd.domain import Candidate, Decision, Features, Mask
+from msd.domain import Candidate, Decision, Features, reasons_against
 from msd.errors import EXIT_OK
-
-WORDS: Final = {
-    Mask.MODEL: "serves another model",
-    Mask.HINT: "the producer insists on another mode",
-    Mask.CONTEXT: "prompt and answer are longer than its context",
-    Mask.QUALITY: "not certified for this task, or below the quality floor",
-    Mask.HEALTH: "its engine is not up",
-    Mask.MEMORY: "no KV memory left for it now",
-    Mask.SLOTS: "full: it would wait",
-    Mask.DEADLINE: "too late for the deadline",
-    Mask.ASLEEP: "asleep: not on the GPU",
-}
 
 
 def add_to(commands: Commands) -> None:
@@ -76,11 +63,6 @@ def find(log: Log, wanted: str) -> list[Episode]:
             if isinstance(record, Observed) and record.request_id == request_id:
                 observed[record.observation.decision_id] = record
     return [Episode(decided=d, observed=observed.get(d.decision.decision_id)) for d in decided]
-
-
-def reasons_against(mask: int) -> list[str]:
-    """Why a candidate must not be chosen, in words."""
-    return [words for bit, words in WORDS.items() if mask & bit]
 
 
 def render(episode: Episode) -> list[str]:

@@ -42,7 +42,7 @@ class Router:
         request, fleet = entry.request, self._fleet
         prompt, expected = request.num_prompt_tokens, entry.expected_tokens
         total = prompt + request.max_tokens
-        need = prompt + expected
+        need = prompt + entry.expected_p90_tokens
         t_us = request.received_us + features.waited_us
         slack_ms = None if features.slack_us is None else features.slack_us * 0.001
         steps = expected - 1
@@ -135,6 +135,17 @@ class Router:
         if slack_ms is not None and not some_in_time:
             # If the deadline alone masks all, late beats never: the policy chooses among them.
             made = [_lift_deadline(c) for c in made]
+        return made
+
+    def masks(self, entry: Entry) -> list[int]:
+        """Per mode the reasons against it now, as in `candidates`; without those of the request's deadline."""
+        request = entry.request
+        total = request.num_prompt_tokens + request.max_tokens
+        need = request.num_prompt_tokens + entry.expected_p90_tokens
+        made = []
+        for book, static in zip(self._fleet.books, entry.static_masks, strict=True):
+            _, closed, _, _, max_len, room, *_ = book.fold() if book.stale else book.folded
+            made.append(static | closed | (_CONTEXT if total > max_len else 0) | (_MEMORY if need > room else 0))
         return made
 
     def _busy(self, t_us: int) -> tuple[ModeBook | None, float, float, list[float]]:

@@ -44,6 +44,7 @@ from msd.domain import (
     Outcome,
     Request,
     Timings,
+    reasons_against,
 )
 from msd.gate import GateFile, Withdrawal
 from msd.policy import make_policy
@@ -96,10 +97,11 @@ class Scheduler:
         quality = quality or QualityConfig()
         self._limits = limits
         self.counts = Counts()
-        self.fleet = Fleet(modes)
+        self.certificates = certificates or Certificates([mode for mode, _, _ in modes], quality)
+        known = self.certificates.modes
+        self.fleet = Fleet([(known[arm], slots, longest) for arm, (_, slots, longest) in enumerate(modes)])
         self.ledger = Ledger(energy)
         self.queue = FairQueue(limits.class_weights, tenant_weights)
-        self.certificates = certificates or Certificates([mode for mode, _, _ in modes], quality)
         self.admission = Admission(limits, self.fleet, self.certificates, quality.all_masked == "reference")
         self.shadows = Shadows(quality, self.certificates, self.fleet)
         self.decisions: deque[Decision] = deque(maxlen=limits.decisions_kept)
@@ -108,7 +110,7 @@ class Scheduler:
         self.errors: Counter[str] = Counter()
         """Refusals and failures by error code."""
         self.idle_with_backlog_us = 0
-        self._router = Router(self.fleet, make_policy([mode for mode, _, _ in modes]), rng)
+        self._router = Router(self.fleet, make_policy(known), rng)
         self._feedback = Feedback(self.fleet, self._router)
         self._extractor = Extractor(self.fleet)
         self.residency: Residency | None = None
@@ -534,7 +536,7 @@ class Scheduler:
         entry.dispatched_us = t_us
         entry.first_token_us = 0
         entry.num_cached_tokens = 0
-        entry.reserved_tokens = request.num_prompt_tokens + entry.expected_tokens
+        entry.reserved_tokens = request.num_prompt_tokens + entry.expected_p90_tokens
         self.admission.release(entry)
         expected = decision.candidates[arm]
         self.fleet.dispatched(arm, entry, t_us, expected.e2el_ms, expected.ttft_ms, expected.prompt_ms)
@@ -571,9 +573,10 @@ class Scheduler:
     def _on_overrun(self, entry: Entry, num_tokens: int) -> None:
         """It has generated more than nine of ten of its class do: expect more, and reserve memory for it."""
         expected = overrun(num_tokens, entry.request.max_tokens)
-        if entry.phase is Phase.RUNNING and expected > entry.expected_tokens:
-            self.fleet.reserve(entry.parked, expected - entry.expected_tokens)
-            entry.reserved_tokens += expected - entry.expected_tokens
+        num_more = expected - entry.expected_p90_tokens
+        if entry.phase is Phase.RUNNING and num_more > 0:
+            self.fleet.reserve(entry.parked, num_more)
+            entry.reserved_tokens += num_more
             entry.expected_tokens = entry.expected_p90_tokens = expected
 
     def _on_finished(self, event: e.Finished) -> None:
@@ -746,8 +749,14 @@ class Scheduler:
         self._store(entry, outcome, "failed")
 
     def _expire(self, entry: Entry, t_us: int) -> None:
-        waited_ms = (t_us - entry.waiting_since_us) * 0.001
-        self._end(entry, t_us, "deadline_exceeded", f"waited {waited_ms:.0f} ms, past its deadline")
+        waited_ms = (t_us - entry.request.received_us) * 0.001
+        message = f"waited {waited_ms:.0f} ms, past its deadline"
+        masks = self._router.masks(entry)
+        if all(masks):
+            modes = zip(self.fleet.books, masks, strict=True)
+            why = ", ".join(f"{book.name} ({'; '.join(reasons_against(mask))})" for book, mask in modes)
+            message = f"{message}; no mode could take it: {why}"
+        self._end(entry, t_us, "deadline_exceeded", message)
 
     def _withdraw(self, entry: Entry) -> None:
         """The entry waits no more, and will not run: its place in the bounds is free."""

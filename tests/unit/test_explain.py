@@ -12,9 +12,8 @@ from msgspec import structs
 
 from msd import cli, decisions
 from msd.cli.decisions import predictions, seconds
-from msd.cli.explain import WORDS, reasons_against
 from msd.decisions import Decided, Episode, Observed, Opened, Record, encode
-from msd.domain import Mask, Slo
+from msd.domain import MASK_WORDS, Mask, Slo, reasons_against
 from msd.errors import EXIT_CONFIG, EXIT_JOURNAL, EXIT_NO, EXIT_OK
 from tests.unit.test_decision_log import MODES, a_decision, an_observation
 
@@ -117,7 +116,7 @@ def test_explain_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     [attempt] = json.loads(capsys.readouterr().out)["attempts"]
     assert attempt["decided"]["decision"]["features"]["num_prompt_tokens"] == 100
     assert attempt["observed"]["observation"]["energy"]["energy_mj"] == 9_000
-    assert attempt["why_not"] == {"slow": [WORDS[Mask.QUALITY], WORDS[Mask.MEMORY]]}
+    assert attempt["why_not"] == {"slow": [MASK_WORDS[Mask.QUALITY], MASK_WORDS[Mask.MEMORY]]}
     errors = {p["name"]: p["error"] for p in attempt["predictions"]}
     assert errors["TTFT"] == pytest.approx(-0.5)
 
@@ -131,7 +130,7 @@ def test_a_request_that_the_log_does_not_know(folder: Path, capsys: pytest.Captu
 
 
 def test_every_mask_has_its_words() -> None:
-    assert set(WORDS) == set(Mask)
+    assert set(MASK_WORDS) == set(Mask)
     assert reasons_against(0) == []
     assert len(reasons_against(sum(Mask))) == len(Mask)
 

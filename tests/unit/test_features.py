@@ -104,7 +104,7 @@ def test_a_request_past_its_90th_percentile_is_expected_to_go_on_and_reserves_fo
     request_id = world.submit(max_tokens=500)
     entry, book = world.scheduler.entry(request_id), world.scheduler.fleet.books[0]
     assert entry is not None
-    expected, before = entry.expected_tokens, book.reserved_tokens
+    expected, p90, before = entry.expected_tokens, entry.expected_p90_tokens, book.reserved_tokens
     assert expected < 15
 
     def step(num_tokens: int) -> None:
@@ -114,7 +114,7 @@ def test_a_request_past_its_90th_percentile_is_expected_to_go_on_and_reserves_fo
     assert entry.expected_tokens == expected
     step(100)
     assert (entry.expected_tokens, entry.expected_p90_tokens) == (150, 150)
-    assert book.reserved_tokens == before + 150 - expected
+    assert book.reserved_tokens == before + 150 - p90
     step(140)
     assert entry.expected_tokens == 150
     step(490)

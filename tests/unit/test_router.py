@@ -83,14 +83,14 @@ def make_entry(
     request = Request(**{**known, **more})  # type: ignore[arg-type]
     masks = tuple(static) or (0,) * len(fleet.books)
     entry = Entry(request, masks, sum(1 << i for i, mask in enumerate(masks) if not mask))
-    entry.expected_tokens = expected
+    entry.expected_tokens = entry.expected_p90_tokens = expected
     return entry
 
 
 def run(fleet: Fleet, arm: int, entry: Entry, *, t_us: int = 0, e2el_ms: float = 100.0) -> None:
     """Dispatch an entry as the scheduler does."""
     entry.parked = arm
-    entry.reserved_tokens = entry.request.num_prompt_tokens + entry.expected_tokens
+    entry.reserved_tokens = entry.request.num_prompt_tokens + entry.expected_p90_tokens
     fleet.dispatched(arm, entry, t_us, e2el_ms)
 
 

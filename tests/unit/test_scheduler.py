@@ -7,7 +7,7 @@ import pytest
 from msd.core import commands as c
 from msd.core import events as e
 from msd.core.entry import Phase
-from msd.domain import CounterReading, EngineLoad, GpuView, Mask, Slo
+from msd.domain import CounterReading, EngineLoad, ExitKind, GpuView, Mask, Slo
 from tests.unit.core_world import MAX_MODEL_LEN, CoreWorld, make_config
 
 
@@ -476,6 +476,28 @@ def test_what_waits_past_its_deadline_is_answered_at_the_tick() -> None:
     assert world.conserved()
 
 
+def test_the_deadline_error_names_what_kept_each_mode_from_it() -> None:
+    world = CoreWorld(make_config(modes=3, slots=2, engines={"m2": {"model": "other"}}), kv_capacity_tokens=200)
+    only_m0: dict[str, object] = {"mode_hint": "m0", "mode_strict": True, "ignore_eos": True}
+    world.submit(num_prompt_tokens=100, max_tokens=50, **only_m0)
+    world.post(e.EngineLost(world.t_us, "m1", ExitKind.DIED, "died"))
+    request_id = world.submit(num_prompt_tokens=100, max_tokens=50, model="toy", deadline_ms=100)
+    assert request_id not in world.running
+    world.wait(100)
+    assert world.delivered[request_id].message == (
+        "waited 100 ms, past its deadline; no mode could take it: m0 (no KV memory left for it now), "
+        "m1 (its engine is not up), m2 (serves another model)"
+    )
+
+
+def test_the_deadline_error_of_what_waited_by_choice_blames_no_mode() -> None:
+    world = CoreWorld(make_config(modes=2, slots=1, policy={"name": "fixed", "mode": "m0"}))
+    world.submit()
+    request_id = world.submit(deadline_ms=100)
+    world.wait(100)
+    assert world.delivered[request_id].message == "waited 100 ms, past its deadline"
+
+
 def test_no_slot_for_what_is_late_already_between_two_ticks() -> None:
     world = full_world()
     late = world.submit(deadline_ms=100)
@@ -505,7 +527,7 @@ def test_a_retry_keeps_its_deadline() -> None:
     assert world.scheduler.entry(request_id) is not None
     world.wait(30)
     assert world.delivered[request_id].error_code == "deadline_exceeded"
-    assert "waited 30 ms" in world.delivered[request_id].message
+    assert "waited 50 ms" in world.delivered[request_id].message
 
 
 def test_a_retry_whose_deadline_passed_while_it_ran_is_answered_too() -> None:
@@ -739,6 +761,30 @@ def test_memory_counts_to_the_token() -> None:
     world = memory_world()
     assert world.submit(num_prompt_tokens=49, max_tokens=1, ignore_eos=True) in world.running
     assert world.submit(num_prompt_tokens=1, max_tokens=1, ignore_eos=True) not in world.running
+
+
+def test_memory_is_reserved_for_as_many_tokens_as_nine_of_ten_generate() -> None:
+    world = CoreWorld(make_config(modes=1, slots=4), kv_capacity_tokens=200)
+    for num_tokens in (8, 8, 8, 8, 8, 8, 64, 64):
+        world.finish(world.submit(num_prompt_tokens=40, max_tokens=100), num_tokens=num_tokens)
+    request_id = world.submit(num_prompt_tokens=40, max_tokens=100)
+    entry, book = world.scheduler.entry(request_id), world.scheduler.fleet.books[0]
+    assert entry is not None
+    assert (entry.expected_tokens, entry.expected_p90_tokens) == (8, 64)
+    assert book.reserved_tokens == 40 + 64
+    assert world.submit(num_prompt_tokens=40, max_tokens=100) not in world.running, "104 more are beyond 200"
+    assert world.submit(num_prompt_tokens=86, max_tokens=10, ignore_eos=True) in world.running
+
+
+def test_memory_is_reserved_for_the_bound_while_nobody_knows_how_long_answers_are() -> None:
+    world = CoreWorld(make_config(modes=1, slots=4), kv_capacity_tokens=200)
+    first, second = world.submit(max_tokens=100), world.submit(max_tokens=100)
+    assert world.scheduler.fleet.books[0].reserved_tokens == 16 + 100
+    assert second not in world.running
+    world.finish(first)
+    assert second in world.running
+    world.finish(second)
+    assert world.submit(max_tokens=4_000) in world.running, "an empty mode takes what is larger than its memory"
 
 
 def test_an_empty_mode_takes_what_is_larger_than_its_memory() -> None:
