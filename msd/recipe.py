@@ -7,12 +7,16 @@ changes how fast (slots, graphs, KV cache size, environment), so that tuning an 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
-from msd.config import Config, EngineConfig
+from msd.config import Config, EngineConfig, QualityConfig
+from msd.domain import Mode
+from msd.gate import GateFile
 
 _WHOLE_BYTES = 64 << 20
 _SAMPLE_BYTES = 1 << 20
@@ -89,6 +93,50 @@ def fingerprint(folder: Path) -> str:
                 stream.seek((size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+class References(Struct, frozen=True):
+    """The reference modes, as indices into the modes."""
+
+    home: int
+    """What the gate compares all others with; -1: there is none here."""
+    of_model: dict[str, int]
+
+
+def find_references(
+    modes: Sequence[Mode],
+    config: QualityConfig,
+    gate: GateFile | None = None,
+    recipes: Mapping[str, str] | None = None,
+) -> References:
+    """The mode that others are compared with: `quality.reference`, else the gate file's, else the first lossless one.
+
+    Of each further model: its first lossless mode. One that speculates is it only where no other is lossless.
+    """
+    of_model = dict[str, int]()
+    for arm, mode in enumerate(modes):
+        if mode.lossless:
+            before = modes[of_model.setdefault(mode.model, arm)]
+            if before.speculation != "none" and mode.speculation == "none":
+                of_model[mode.model] = arm
+    home = _find_home(modes, config, gate, recipes or {})
+    if home is None:
+        home = next(iter(of_model.values()), -1)
+    if home >= 0:
+        of_model[modes[home].model] = home
+    return References(home, of_model)
+
+
+def _find_home(
+    modes: Sequence[Mode], config: QualityConfig, gate: GateFile | None, recipes: Mapping[str, str]
+) -> int | None:
+    """As somebody has said it; None: nobody has."""
+    if config.reference:
+        return next((arm for arm, mode in enumerate(modes) if mode.name == config.reference), -1)
+    if gate is None:
+        return None
+    fits = [arm for arm, mode in enumerate(modes) if recipes.get(mode.name) == gate.reference_recipe]
+    return next((arm for arm in fits if modes[arm].name == gate.reference), fits[0] if fits else None)
 
 
 def is_lossless(engine: EngineConfig) -> bool:

@@ -89,13 +89,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def find_reference(config: Config) -> str:
-    """The mode that others are compared with: quality.reference, else the first lossless one. Raises ConfigError."""
-    from msd.recipe import is_lossless
+    """The mode that others are compared with. Raises ConfigError where there is none."""
+    from msd.core.fleet import mode_of
+    from msd.recipe import find_references
 
-    found = config.quality.reference or next((engine.name for engine in config.engine if is_lossless(engine)), "")
-    if not found:
+    home = find_references([mode_of(engine) for engine in config.engine], config.quality).home
+    if home < 0:
         raise ConfigError("no engine is lossless: nothing to compare with", remedy="name one as quality.reference")
-    return found
+    return config.engine[home].name
 
 
 async def measure(

@@ -245,7 +245,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = 32
     quality: Annotated[
         Share | None,
-        Meta(description="Known exact-match accuracy; requests with a higher `quality_floor` are not sent here."),
+        Meta(
+            description="Known exact-match accuracy, where no gate has measured it; requests with a higher "
+            "`quality_floor` are not sent here."
+        ),
     ] = None
     residency: Annotated[
         Literal["always", "auto"],
@@ -300,8 +303,8 @@ class CostConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     energy_ratio_max: Annotated[
         Ratio,
         Meta(
-            description="A mode may take at most this many times the energy of its model's first mode of full "
-            "precision without speculation, unless nothing else is left. 0: no bound."
+            description="A mode may take at most this many times the energy of its model's reference mode "
+            "(quality.reference, else the first lossless one), unless nothing else is left. 0: no bound."
         ),
     ] = 0.0
 
@@ -348,7 +351,11 @@ class QualityConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Meta(description="When quality forbids every mode: refuse the request, or serve it on the reference mode."),
     ] = "error"
     reference: Annotated[
-        str, Meta(description="The mode that others are compared with. Empty: the first lossless one of the model.")
+        str,
+        Meta(
+            description="The mode that others are compared with, in quality and energy. Empty: the gate "
+            "file's, else the first lossless one, best without speculation."
+        ),
     ] = ""
     delta: Annotated[
         Annotated[float, Meta(gt=0, le=0.5)],

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from msd.config import QualityConfig
 from msd.domain import Mode, Request
 from msd.gate import ALL_TASKS, GateFile, GateRow, Withdrawal
+from msd.recipe import find_references
 
 Standing = Literal["reference", "lossless", "certified", "simulated", "undecided", "unmeasured", "revoked", "withdrawn"]
 MAY_SERVE: frozenset[Standing] = frozenset({"reference", "lossless", "certified", "simulated"})
@@ -48,18 +49,22 @@ class Certificates:
         withdrawn: Sequence[Withdrawal] = (),
     ) -> None:
         """`recipes`: of each mode by name (`msd.recipe.recipe_hashes`). `withdrawn`: by earlier runs of the daemon."""
-        self._modes = tuple(modes)
         self._config = config
         self._gate = gate
         known = recipes or {}
+        references = find_references(modes, config, gate, known)
+        self._references = references.of_model
+        marked = set(self._references.values())
+        self.modes = tuple(structs.replace(mode, reference=arm in marked) for arm, mode in enumerate(modes))
+        """As they were given, with the references marked."""
+        self.reference = references.home
+        """The mode that others are compared with; -1 when there is none here."""
         self._recipes = [known.get(mode.name, "") for mode in modes]
         self._rows = {(row.recipe, row.task): row for row in gate.rows} if gate is not None else {}
         self._measured = {row.mode for row in gate.rows} if gate is not None else set()
         self.tasks = sorted({row.task for row in gate.rows} - {ALL_TASKS}) if gate is not None else []
-        self.reference = self._find_reference()
-        """The mode that others are compared with; -1 when there is none here."""
         self._home = (
-            self._modes[self.reference].model if self.reference >= 0 else gate.model if gate is not None else None
+            self.modes[self.reference].model if self.reference >= 0 else gate.model if gate is not None else None
         )
         self._misfit = self._find_misfit()
         self._withdrawn: dict[tuple[int, str], Withdrawal] = {}
@@ -88,7 +93,7 @@ class Certificates:
 
     def of(self, arm: int, task: str | None) -> Certificate:
         """How the mode stands on a task (None: on requests that name none), for requests of the reference's model."""
-        mode = self._modes[arm]
+        mode = self.modes[arm]
         if arm == self.reference:
             return Certificate("reference", row=self._row(arm, task))
         if mode.lossless and mode.model == self._home:
@@ -119,16 +124,13 @@ class Certificates:
     def accuracy(self, arm: int, task: str | None) -> float | None:
         """What the mode is known to reach in the task at least: the gate's lower bound, else as configured."""
         row = self._row(arm, task)
-        return self._modes[arm].quality if row is None else row.accuracy_low
+        return self.modes[arm].quality if row is None else row.accuracy_low
 
     def reference_for(self, request: Request) -> int:
         """The mode that serves when quality forbids all others: of the request's model, or -1."""
         if request.model is None or request.model == self._home:
             return self.reference
-        for arm, mode in enumerate(self._modes):
-            if mode.model == request.model and mode.lossless:
-                return arm
-        return -1
+        return self._references.get(request.model, -1)
 
     def on_trial(self, arm: int, task: str | None) -> GateRow | None:
         """The row that a live pair of this mode on this task is held against; None: nothing to take away."""
@@ -147,7 +149,7 @@ class Certificates:
             return []
         if self._misfit:
             return [self._misfit]
-        here = {mode.name for mode in self._modes}
+        here = {mode.name for mode in self.modes}
         notes = dict[str, str]()
         for row in self._gate.rows:
             if row.recipe in self._recipes:
@@ -183,7 +185,7 @@ class Certificates:
         """The mode was found worse on the task (or `*`): it stays out until a new gate file certifies it again."""
         assert self._gate is not None, "nothing to withdraw"
         made = Withdrawal(
-            mode=self._modes[arm].name,
+            mode=self.modes[arm].name,
             recipe=self._recipes[arm],
             task=task,
             gate=self._gate.checksum,
@@ -196,29 +198,18 @@ class Certificates:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _find_reference(self) -> int:
-        config, gate = self._config, self._gate
-        if config.reference:
-            return next((arm for arm, mode in enumerate(self._modes) if mode.name == config.reference), -1)
-        if gate is not None:
-            fits = [arm for arm, recipe in enumerate(self._recipes) if recipe == gate.reference_recipe]
-            named = [arm for arm in fits if self._modes[arm].name == gate.reference]
-            if fits:
-                return (named or fits)[0]
-        return next((arm for arm, mode in enumerate(self._modes) if mode.lossless), -1)
-
     def _find_misfit(self) -> str:
         """Why the whole gate file says nothing about these modes; empty when it does."""
         gate = self._gate
         if gate is None or self.reference < 0 or self._recipes[self.reference] == gate.reference_recipe:
             return ""
-        name = self._modes[self.reference].name
+        name = self.modes[self.reference].name
         return f"the gate file compares with another recipe than {name}'s ({REMEDY})"
 
     def _uncertified(self, arm: int, task: str | None, model: str | None) -> str:
         if self._config.ungated == "allow":
             return ""
-        mode = self._modes[arm]
+        mode = self.modes[arm]
         if model is not None and model != self._home:
             # The gate file speaks of another model: among this one's modes, only what needs no certificate.
             if mode.lossless or (mode.simulated and self._gate is None):
@@ -232,7 +223,7 @@ class Certificates:
         if gate is None or self._misfit:
             return None
         found = self._rows.get((self._recipes[arm], task or ALL_TASKS))
-        mode = self._modes[arm]
+        mode = self.modes[arm]
         if found is None and mode.lossless and mode.model == self._home:
             found = self._rows.get((gate.reference_recipe, task or ALL_TASKS))
         return found
@@ -241,7 +232,7 @@ class Certificates:
         recipe = self._recipes[arm]
         if any(known == recipe for known, _ in self._rows):
             return "not measured on requests without a task" if task is None else f"not measured on task {task!r}"
-        if self._modes[arm].name in self._measured:
+        if self.modes[arm].name in self._measured:
             return f"measured for another recipe: {REMEDY}"
         return f"not in the gate file: {REMEDY}"
 

@@ -41,7 +41,7 @@ ROUGE_DROP_MAX: Final = 0.02
 MODES: Final = {
     mode.name: mode
     for mode in (
-        Mode(name=REFERENCE, engine=REFERENCE, model="llama", precision="fp16"),
+        Mode(name=REFERENCE, engine=REFERENCE, model="llama", precision="fp16", reference=True),
         Mode(name=GRAPHS, engine=GRAPHS, model="llama", precision="fp16", prefix_caching=True),
         Mode(name="int8_quant", engine="int8_quant", model="llama", precision="int8"),
         Mode(

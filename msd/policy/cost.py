@@ -18,8 +18,8 @@ A request may *yield*: wait, behind all that have not yielded, while something r
 others miss more SLOs than it can keep; so one that is late already goes when it is in nobody's way. By each
 `patience_s` that it has waited it may harm one more, so that nobody waits for ever. Traffic without SLOs never yields.
 
-`energy_ratio_max` bounds a mode's predicted energy by that of the model's reference mode (its first of full precision
-that does not speculate). A bound that leaves nothing is lifted: it is a wish about joules, not about right answers.
+`energy_ratio_max` bounds a mode's predicted energy by that of the model's reference mode. A bound that
+leaves nothing is lifted: it is a wish about joules, not about right answers.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Cost:
         self._harm_per_ms = 1e-3 / cost.patience_s
         self._tie = 1.0 + cost.tie
         self._energy_max = cost.energy_ratio_max
-        self._reference = _references(modes)
+        self._reference = reference_arms(modes)
         self._names = [mode.name for mode in modes]
         self._work_ms = [0.0] * len(modes)
         """GPU time of recent requests in each mode (EWMA)."""
@@ -196,10 +196,7 @@ def _why(chosen: Candidate, candidates: Sequence[Candidate], costs: Sequence[flo
     return _GENTLEST if is_gentlest else _SAVES if is_thriftiest else _BALANCE
 
 
-def _references(modes: Sequence[Mode]) -> tuple[int, ...]:
+def reference_arms(modes: Sequence[Mode]) -> tuple[int, ...]:
     """Per arm the reference mode of its model; itself where the model has none."""
-    first: dict[str, int] = {}
-    for arm, mode in enumerate(modes):
-        if mode.precision in ("fp32", "bf16", "fp16") and mode.speculation == "none":
-            first.setdefault(mode.model, arm)
-    return tuple(first.get(mode.model, arm) for arm, mode in enumerate(modes))
+    of_model = {mode.model: arm for arm, mode in enumerate(modes) if mode.reference}
+    return tuple(of_model.get(mode.model, arm) for arm, mode in enumerate(modes))

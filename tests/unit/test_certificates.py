@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
+from msd.cli.gate import find_reference
 from msd.config import QualityConfig
 from msd.core.certificates import Certificates
 from msd.domain import Mode, Request
 from msd.gate import ALL_TASKS, GateFile, Withdrawal
-from tests.unit.core_world import gate_of
+from msd.policy.cost import reference_arms
+from tests.unit.core_world import CoreWorld, gate_of, make_config
 
 REFERENCE = Mode(name="m0", engine="m0", model="toy", lossless=True)
 INT8 = Mode(name="m1", engine="m1", model="toy", precision="int8")
@@ -212,6 +214,47 @@ def test_only_certified_modes_are_on_trial() -> None:
     known = certificates([REFERENCE, INT8, GRAPHS], gate)
     assert known.on_trial(1, "copy") is not None
     assert [known.on_trial(arm, task) for arm, task in ((1, "sort"), (1, None), (0, "copy"), (2, "copy"))] == [None] * 4
+
+
+EAGER = Mode(name="eager", engine="eager", model="toy", precision="fp16", lossless=True)
+SPEC = Mode(name="spec", engine="spec", model="toy", precision="fp16", speculation="ngram", lossless=True)
+FP8_KV = Mode(name="fp8_kv", engine="fp8_kv", model="toy", precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("modes", "named", "marked"),
+    [
+        ([EAGER, REFERENCE, INT8, SMALL], "m0", ["m0", "m3"]),
+        ([EAGER, REFERENCE, INT8, SMALL], "", ["eager", "m3"]),
+        ([SPEC, REFERENCE, SMALL], "", ["m0", "m3"]),
+        ([SPEC, INT8], "", ["spec"]),
+        ([FP8_KV, REFERENCE], "", ["m0"]),
+        ([FP8_KV, INT8], "", []),
+        ([REFERENCE, INT8], "m1", ["m1"]),
+    ],
+)
+def test_every_part_of_the_house_has_the_same_references(modes: list[Mode], named: str, marked: list[str]) -> None:
+    """What certificates compare with, `msd gate` asks first, fallbacks go to, and `cost` bounds energy by."""
+    known = certificates(modes, reference=named)
+    assert sorted(mode.name for mode in known.modes if mode.reference) == sorted(marked)
+    home = known.modes[known.reference].name if known.reference >= 0 else ""
+    assert home == (marked[0] if marked else "")
+    assert known.reference_for(request_of(model="toy")) == known.reference
+    for arm, mode in enumerate(known.modes):
+        own = [one for one in known.modes if one.model == mode.model and one.reference] or [mode]
+        assert known.modes[reference_arms(known.modes)[arm]] == own[0]
+    if SMALL in modes:
+        assert known.reference_for(request_of(model="other")) == modes.index(SMALL)
+
+
+def test_the_command_and_the_scheduler_have_the_certificates_reference() -> None:
+    lossy: dict[str, object] = {"precision": "int8"}
+    for named, home in (("", "m1"), ("m2", "m2")):
+        config = make_config(modes=3, engines={"m0": lossy}, quality={"reference": named})
+        assert find_reference(config) == home
+        scheduler = CoreWorld(config).scheduler
+        assert [book.name for book in scheduler.fleet.books if book.mode.reference] == [home]
+        assert scheduler.certificates.modes[scheduler.certificates.reference].name == home
 
 
 def test_the_reference_can_be_named() -> None:

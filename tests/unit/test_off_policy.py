@@ -24,7 +24,7 @@ from msd.policy.oracle import Oracle
 from msd.ports import Policy
 
 MODES = (
-    Mode(name="bf16", engine="bf16", model="m", precision="bf16"),
+    Mode(name="bf16", engine="bf16", model="m", precision="bf16", reference=True),
     Mode(name="int8", engine="int8", model="m", precision="int8"),
     Mode(name="int4", engine="int4", model="m", precision="int4"),
 )

@@ -241,10 +241,10 @@ def test_a_bound_that_leaves_nothing_is_lifted() -> None:
 
 
 def test_each_model_has_a_reference_of_its_own() -> None:
-    def mode(name: str, model: str, precision: str = "fp16", speculation: str = "none") -> Mode:
-        return Mode(name=name, engine=name, model=model, precision=precision, speculation=speculation)  # type: ignore[arg-type]
+    def mode(name: str, model: str, *, reference: bool = True) -> Mode:
+        return Mode(name=name, engine=name, model=model, reference=reference)
 
-    modes = (mode("spec", "big", speculation="draft"), mode("big", "big"), mode("small", "small"))
+    modes = (mode("spec", "big", reference=False), mode("big", "big"), mode("small", "small"))
     # 40 mJ is over big's 30 and under small's 100.
     assert decide([(0, 10.0, 40), (0, 50.0, 30), (0, 100.0, 100)], 1.0, modes) == "big"
 
