@@ -219,6 +219,31 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_PER_S
 
 
+def tree_cpu_s(pid: int) -> float:
+    """The same of a process and of all that it has started and that still run."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    spent_s, pids = 0.0, [pid]
+    while pids:
+        known = pids.pop()
+        try:
+            spent_s += cpu_s(known)
+        except OSError:
+            continue
+        pids += children.get(known, ())
+    return spent_s
+
+
+def all_cpu_s() -> float:
+    """CPU time that all processes of the machine have used so far, to 10 ms."""
+    return _busy_ticks() / CLOCK_TICKS_PER_S
+
+
 def rss_bytes(pid: int) -> int:
     """Resident memory of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
