@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from msd.cli import (
     check,
+    compare,
     decisions,
     demo,
     explain,
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         explain,
         decisions,
         sim,
+        compare,
         version,
     ):
         command.add_to(commands)
