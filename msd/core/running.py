@@ -18,8 +18,8 @@ class Running:
     """Books of one mode. Times in integer microseconds; ends are predictions, made new with each progress report."""
 
     __slots__ = (
-        "_by_id", "_last_us", "_read_tokens", "_request_us", "_token_us", "end_us", "ends", "num", "num_tokens",
-        "unread_tokens",
+        "_by_id", "_last_us", "_read_tokens", "_request_us", "_strict", "_token_us", "end_us", "ends", "num",
+        "num_tokens", "unread_tokens",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -33,6 +33,8 @@ class Running:
         self.end_us = 0
         """Sum of `ends`."""
         self._by_id: dict[str, Entry] = {}
+        self._strict: dict[str, Entry] = {}
+        """Those with an SLO or a deadline."""
         self._last_us = 0
         self._request_us = 0
         self._token_us = 0
@@ -41,11 +43,9 @@ class Running:
     def spares_ms(self) -> list[float]:
         """By how much each request that keeps its SLOs so far may be delayed before it misses one, least first."""
         spares = []
-        for entry in self._by_id.values():
+        for entry in self._strict.values():
             request = entry.request
             slo, end_us = request.slo, entry.end_us
-            if slo.ttft_ms is None and slo.tpot_ms is None and request.deadline_us is None:
-                continue
             least_us = _NO_BOUND
             if slo.ttft_ms is not None:
                 due_us = request.received_us + int(slo.ttft_ms * 1e3)
@@ -87,6 +87,9 @@ class Running:
         self.num_tokens += entry.run_tokens
         self.unread_tokens += request.num_prompt_tokens
         self._by_id[request.request_id] = entry
+        slo = request.slo
+        if slo.ttft_ms is not None or slo.tpot_ms is not None or request.deadline_us is not None:
+            self._strict[request.request_id] = entry
 
     def first_token(self, entry: Entry, t_us: int, busy_us: int) -> None:
         """The engine has read its prompt. `busy_us`: busy engines of the GPU, added up over time."""
@@ -113,6 +116,7 @@ class Running:
         self.num -= 1
         self.num_tokens -= entry.run_tokens
         del self._by_id[entry.request.request_id]
+        self._strict.pop(entry.request.request_id, None)
         ends = self.ends
         del ends[bisect_left(ends, entry.end_us)]
         self.end_us -= entry.end_us
