@@ -1,6 +1,7 @@
 """The nouns: frozen msgspec Structs that cross every boundary inside the daemon.
 
 Units are last in names. `t_us` is a monotonic time in integer microseconds (docs/adr/0007). Nothing here does I/O.
+`gc=False`: it holds nothing but text and numbers, and a decision makes one per mode; the collector need not look.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _NO_CORRECTION = [1.0] * PROMPT_CELLS
 
 Folded = tuple[
     str, int, int, int, int, int, float, float, float, float, float, float, float, float, float, list[float],
-    list[float], list[float], Running,
+    list[float], list[float], int, int, list[float],
 ]  # fmt: skip
 """What a decision needs of one mode, as `ModeBook.fold` puts it together."""
 
@@ -115,6 +115,7 @@ class ModeBook:
             prompt_mj = output_mj = estimate.mj_per_token
         self.stale = False
         self.spares_ms = running.spares_ms() if num_running else []
+        ends = running.ends
         self.folded = folded = (
             self.name,
             mask,
@@ -134,7 +135,9 @@ class ModeBook:
             estimate.ttft_cells.rows[cell],
             estimate.tpot_cells.rows[cell],
             energy_row,
-            running,
+            running.end_us,
+            ends[-1] if ends else 0,
+            self.spares_ms,
         )
         return folded
 
@@ -154,8 +157,8 @@ class ModeBook:
         rounds, index = divmod(num_ahead, len(ends))
         left_ms = (ends[index] - t_us) * 0.001
         if left_ms <= 0.0:
-            # Overdue: nobody knows how long, but not longer than it takes in the mean for so many to end.
-            left_ms = 0.5 * service_ms * (index + 1) / self.num_slots
+            # Overdue: as long as it takes in the mean for so many to end; who is later than that is as late again.
+            left_ms = max(0.5 * service_ms * (index + 1) / self.num_slots, -left_ms)
         return left_ms + rounds * service_ms
 
 

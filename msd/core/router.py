@@ -60,7 +60,7 @@ class Router:
         ):
             (
                 name, closed, running, free, max_len, room, base_ms, read_ms, square_ms, step_ms, tpot_ms, beside_ms,
-                eos_ms, prompt_mj, output_mj, ttft_row, tpot_row, energy_row, beside,
+                eos_ms, prompt_mj, output_mj, ttft_row, tpot_row, energy_row, end_us, last_us, spares_beside_ms,
             ) = book.fold() if book.stale else book.folded  # fmt: skip
             mask = static | closed
             if total > max_len:
@@ -76,25 +76,26 @@ class Router:
                 tpot_ms *= slow_busy * tpot_row[cell]
                 e2el_ms = ttft_ms + tpot_ms * steps
                 # Its neighbours wait while its prompt is read, and each of their steps is longer while both run.
-                beside_left_ms = (beside.end_us - running * t_us) * 0.001
+                beside_left_ms = (end_us - running * t_us) * 0.001
                 delay_ms = own_ms * running
                 if beside_left_ms > 0.0:
                     steps_beside = beside_left_ms / tpot_ms
                     delay_ms += beside_ms * (steps_beside if steps_beside < running * expected else running * expected)
                 delay_ms *= slow_busy
-                if book.spares_ms:
-                    num_harmed = bisect_left(book.spares_ms, own_ms * slow_busy)
+                if spares_beside_ms:
+                    num_harmed = bisect_left(spares_beside_ms, own_ms * slow_busy)
                 if free > 0:
                     if lost_busy > 0.0:
                         # The other engines share the GPU with this one for longer, if it outlasts what runs here.
-                        longer_ms = e2el_ms - (beside.ends[-1] - t_us) * 0.001
+                        longer_ms = e2el_ms - (last_us - t_us) * 0.001
                         if longer_ms > 0.0:
                             others = num_all - running
                             others_left_ms = left_ms - beside_left_ms - others * (e2el_ms - longer_ms)
                             delay_ms += _lost_ms(others * longer_ms, others_left_ms, lost_busy)
                 else:
                     # As in `ModeBook.wait_ms`, which knows the rest: nobody waits for it, and somebody is about to end.
-                    queue_ms = 0.0 if book.num_parked or not beside.ends else (beside.ends[0] - t_us) * 0.001
+                    ends = book.running.ends
+                    queue_ms = 0.0 if book.num_parked or not ends else (ends[0] - t_us) * 0.001
                     if queue_ms <= 0.0:
                         queue_ms = book.wait_ms(t_us)
                     ttft_ms += queue_ms
@@ -110,12 +111,13 @@ class Router:
                 shared_ms = second_ms if book is longest else longest_ms
                 if e2el_ms < shared_ms:
                     shared_ms = e2el_ms
-                if running:
-                    shared_ms -= (beside.ends[-1] - t_us) * 0.001 if beside.ends else 0.0
+                if last_us:
+                    shared_ms -= (last_us - t_us) * 0.001
                 if shared_ms > 0.0:
-                    num_harmed += bisect_left(spares_ms, 0.5 * shared_ms)
-                    if book.spares_ms:
-                        num_harmed -= bisect_left(book.spares_ms, 0.5 * shared_ms)
+                    if spares_ms:
+                        num_harmed += bisect_left(spares_ms, 0.5 * shared_ms)
+                        if spares_beside_ms:
+                            num_harmed -= bisect_left(spares_beside_ms, 0.5 * shared_ms)
                 else:
                     shared_ms = 0.0
             if ends_itself:
