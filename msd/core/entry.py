@@ -52,6 +52,7 @@ class Entry:
         "phase",
         "request",
         "reserved_tokens",
+        "review_us",
         "run_tokens",
         "seq",
         "static_masks",
@@ -72,6 +73,8 @@ class Entry:
         """Quality forbids every mode, and the configuration has the reference serve it all the same."""
         self.parked = -1
         """Mode that the policy chose although it was full, or that it runs on; -1 = undecided; YIELDING."""
+        self.review_us = 0
+        """When it is asked again whether it still waits for the mode that it is parked for."""
         self.held_at = -1
         """`Fleet.num_changes` when memory last held it back: until that moves there is no need to ask again."""
         self.num_held = 0

@@ -58,6 +58,11 @@ _YIELDING_PER_EVENT = 8
 _PASSED_AT_MOST = 16
 """Changes of the fleet during which others may pass a request that memory holds back; then they wait behind it."""
 _EXPIRED_PER_EVENT = 1_000
+_REVIEWS_PER_TICK = 32
+_REVIEW_SLACK_US = 100_000
+_REVIEW_MOST_US = 5_000_000
+"""A parked request is asked again after its predicted wait, a quarter more and the slack, but at most after so long."""
+_STALE_REVIEWS_ALLOWED = 1_024
 _DUPLICATES_PER_REQUEST = 64
 _STALE_DEADLINES_ALLOWED = 1_024
 _STORE_FULL = "results of this tenant that nobody has fetched fill journal.max_result_bytes; fetch and acknowledge them"
@@ -119,6 +124,10 @@ class Scheduler:
         self._open: dict[str, Entry] = {}
         self._by_key: dict[tuple[str, str], Entry] = {}
         self._deadlines: list[tuple[int, int, Entry]] = []
+        self._reviews: list[tuple[int, int, Entry]] = []
+        """When those that are parked are asked again; an item whose entry says another time is stale."""
+        self._vacant = 0
+        """Bit set of the modes that have become idle since slots were last given."""
         self._num_repeats = 0
         self._next_seq = 1
         self._drain_until_us: int | None = None
@@ -249,6 +258,7 @@ class Scheduler:
                     self.residency.engine_up(event.t_us, event.info)
                 self._extractor.engine_up(event.info)
                 self.ledger.resident(self.fleet.resident())
+                self._vacant |= self.fleet.modes_of(event.info.engine)
                 self._fill(event.t_us)
             case e.EngineLost():
                 self._on_engine_settled(event.t_us, event.engine)
@@ -283,7 +293,7 @@ class Scheduler:
             case e.ConfigChanged():
                 modes = [book.mode for book in self.fleet.books]
                 self._router.policy = make_policy(event.policy, modes)
-                self._unpark_all()
+                self._unpark([entry for entry in self.queue.entries() if entry.parked != -1])
                 self._fill(event.t_us)
             case e.Draining():
                 self._drain_until_us = event.until_us
@@ -430,9 +440,33 @@ class Scheduler:
             heappush(self._deadlines, (entry.request.deadline_us, entry.seq, entry))
         self.queue.push(entry)
 
-    def _unpark_all(self) -> None:
-        """What made requests wait for one mode is no longer true: all modes are open to them again."""
-        parked = [entry for entry in self.queue.entries() if entry.parked != -1]
+    def _review(self, t_us: int) -> None:
+        """Those whose mode has not come in the time that was predicted are open to all modes again."""
+        reviews = self._reviews
+        due: list[Entry] = []
+        for _ in range(_EXPIRED_PER_EVENT):
+            if not reviews or reviews[0][0] > t_us or len(due) >= _REVIEWS_PER_TICK:
+                break
+            review_us, seq, entry = heappop(reviews)
+            if entry.phase is not Phase.WAITING or entry.parked < 0 or entry.review_us != review_us:
+                continue
+            if entry.eligible & self.fleet.up & ~(1 << entry.parked):
+                entry.review_us = 0
+                due.append(entry)
+            else:
+                # There is no other mode.
+                entry.review_us = t_us + _REVIEW_MOST_US
+                heappush(reviews, (entry.review_us, seq, entry))
+        if due:
+            self._unpark(due)
+        if len(reviews) > 2 * self.queue.num_waiting + _STALE_REVIEWS_ALLOWED:
+            self._reviews = [
+                item for item in reviews if item[2].phase is Phase.WAITING and item[2].review_us == item[0]
+            ]
+            heapify(self._reviews)
+
+    def _unpark(self, parked: list[Entry]) -> None:
+        """What made these wait for one mode is no longer true: all modes are open to them again."""
         for entry in parked:
             entry.phase = Phase.APPENDING
         self.queue.withdraw(parked)
@@ -453,11 +487,18 @@ class Scheduler:
             if not free or not queue.num_waiting:
                 break
             entry = queue.pop(free, fleet.up) or queue.pop(free, fleet.up, yielding=True)
+            is_asked_again = entry is None
+            if entry is None and self._vacant & free:
+                # Perhaps one that waits for a busy mode would now take an idle one: as if all busy ones were down.
+                entry = queue.pop(self._vacant & free, 0)
             if entry is None:
                 break
             yielding = entry.parked == YIELDING
             moment = fleet.num_changes + fleet.num_first_tokens if yielding else fleet.num_changes
             if entry.held_at != moment and self._route(entry, t_us):
+                if is_asked_again and entry.phase is Phase.WAITING:
+                    # It would not, and so would hardly those behind it.
+                    self._vacant = 0
                 continue
             if yielding:
                 held.append(entry)
@@ -473,6 +514,7 @@ class Scheduler:
                 closed |= entry.eligible
         for entry in held:
             queue.push(entry)
+        self._vacant = 0
         if self.shadows.num_running:
             self._out += self.shadows.make_way(queue.num_waiting, at_once=self._drain_until_us is not None)
         self._note_idleness(t_us)
@@ -503,8 +545,12 @@ class Scheduler:
         if entry.falls_back:
             choice = Choice(arm, 1.0, "the reference mode: quality forbids every other")
         if candidates[arm].mask:
-            # The policy would rather wait for a busy mode. It is asked again when that mode has a slot.
+            # The policy would rather wait for a busy mode. It is asked again when that mode has a slot, when another
+            # becomes idle, or when the wait was longer than it thought.
             entry.parked = arm
+            wait_us = candidates[arm].queue_ms * 1_250.0 + _REVIEW_SLACK_US
+            entry.review_us = t_us + int(min(wait_us, _REVIEW_MOST_US))
+            heappush(self._reviews, (entry.review_us, entry.seq, entry))
             self.fleet.park(arm)
             self.queue.push(entry)
             return True
@@ -637,6 +683,8 @@ class Scheduler:
     ) -> Energy | None:
         """The attempt left its engine; `wasted` says why nobody receives its work. Returns its provisional energy."""
         self.fleet.vacated(entry, t_us)
+        if not self.fleet.books[entry.parked].num_running:
+            self._vacant |= 1 << entry.parked
         self._extractor.ended(entry.parked, num_tokens)
         request = entry.request
         account: Account = "wasted" if wasted else "requests"
@@ -816,9 +864,11 @@ class Scheduler:
                 self._expire(entry, t_us)
         if self._drain_until_us is not None:
             self._drain(t_us)
-        elif self.residency is not None:
-            for command in self.residency.tick(t_us, self._view):
-                self._on_transit(t_us, command)
+        else:
+            self._review(t_us)
+            if self.residency is not None:
+                for command in self.residency.tick(t_us, self._view):
+                    self._on_transit(t_us, command)
         self._settle(self.ledger.expire(t_us))
         self._fill(t_us)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+import pytest
+
 from msd.config import PolicyConfig
 from msd.core import events as e
 from msd.domain import YIELD, Candidate, Choice, Features
@@ -46,6 +48,24 @@ def test_each_that_waited_for_a_busy_mode_is_in_the_queue_once_afterwards() -> N
     assert set(world.delivered) == set(ids)
     assert len(queue) == 0
     assert all(book.num_parked == 0 for book in world.scheduler.fleet.books)
+
+
+@pytest.mark.parametrize("modes", [("m0", "m0"), ("m1", "m1"), ("m1", "m0")])
+def test_what_waits_is_answered_once_when_a_drain_follows_two_changes(modes: tuple[str, str]) -> None:
+    world = CoreWorld(make_config(modes=2, slots=1, policy={"name": "fixed", "mode": "m0"}))
+    ids = [world.submit() for _ in range(6)]
+    for mode in modes:
+        world.post(e.ConfigChanged(world.t_us, PolicyConfig(name="fixed", mode=mode)))
+    queue = world.scheduler.queue
+    seqs = [entry.seq for entry in queue.entries()]
+    assert len(seqs) == len(set(seqs)) == len(queue)
+    world.drain(1_000)
+    assert len(queue) == 0
+    assert {world.outcomes[id_].error_code for id_ in ids if id_ not in world.running} == {"draining"}
+    for request_id in sorted(world.running):
+        world.finish(request_id)
+    assert set(world.delivered) == set(ids)
+    assert world.conserved()
 
 
 def test_who_let_others_go_first_is_asked_again_by_the_new_policy() -> None:

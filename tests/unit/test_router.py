@@ -267,6 +267,13 @@ def test_the_wait_for_what_is_overdue_goes_by_the_mean_service() -> None:
     assert candidates_of(fleet, make_entry(fleet), t_us=40_000)[0].queue_ms == pytest.approx(0.5 * 80.0 / 2)
 
 
+def test_what_is_long_overdue_is_expected_to_take_as_long_again() -> None:
+    fleet = make_fleet(slots=1)
+    fleet.books[0].estimate.service_ms = 80.0
+    run(fleet, 0, make_entry(fleet), e2el_ms=30.0)
+    assert candidates_of(fleet, make_entry(fleet), t_us=9_030_000)[0].queue_ms == pytest.approx(9_000.0)
+
+
 def test_progress_moves_the_predicted_ends() -> None:
     """Of 11 expected tokens 6 are there: 5 more at 2 ms. Who is past them is taken to need half as many again."""
     fleet = make_fleet(slots=2)
