@@ -314,6 +314,7 @@ class Daemon:
             num_ticks += 1
             if num_ticks % STATUS_EVERY_TICKS == 0 and not self._draining:
                 self._tell_status()
+                self._tell_doubts()
 
     def _tell_status(self) -> None:
         states = self._pool.status()
@@ -325,6 +326,18 @@ class Daemon:
         if line != self._told:
             self._told = line
             self._notifier.tell(line)
+
+    def _tell_doubts(self) -> None:
+        for doubt in self._dispatcher.scheduler.shadows.take_doubts():
+            _log.warning(
+                "mode_disagrees",
+                mode=doubt.mode,
+                task=doubt.task,
+                num_pairs=doubt.num_pairs,
+                agreement=round(doubt.agreement, 3),
+                gate_agreement=round(doubt.gate_agreement, 3),
+                remedy="answers without an exact solution take no certificate away: compare some yourself",
+            )
 
     def _status(self) -> DaemonStatus:
         return status.gather(

@@ -77,7 +77,7 @@ class Withdrawal(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     gate: str
     num_pairs: int
     difference: float
-    """Mean of the scored pairs (-1..1); where no answer could be scored, less the share that disagreed."""
+    """Mean over the pairs (-1..1)."""
     capital: float
     """The evidence: 1 / quality.alpha was enough."""
 

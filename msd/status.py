@@ -12,7 +12,6 @@ from msd.config import Config
 from msd.core.energy_domain import Coefficients
 from msd.core.ledger import Accounts, Booked, Ledger
 from msd.core.scheduler import Scheduler
-from msd.core.shadow import loss
 from msd.engine.pool import EngineStatus
 from msd.learning.energy_model import Fit
 from msd.ports import Journal
@@ -157,9 +156,11 @@ def _certificates(scheduler: Scheduler, arm: int) -> tuple[CertificateReport, ..
                 accuracy_low=None if row is None else row.accuracy_low,
                 accuracy_high=None if row is None else row.accuracy_high,
                 num_pairs=0 if row is None else row.num_pairs,
-                num_live_pairs=0 if trial is None else trial.num_pairs,
-                live_difference=None if trial is None else loss(trial),
-                live_evidence=None if trial is None else trial.capital,
+                num_live_pairs=0 if trial is None else trial.num_scored,
+                live_difference=None if not (trial and trial.num_scored) else trial.sum_difference / trial.num_scored,
+                live_evidence=None if not (trial and trial.num_scored) else trial.capital,
+                num_live_unscored=0 if trial is None else trial.num_unscored,
+                live_agreement=None if not (trial and trial.num_unscored) else trial.agreement,
             )
         )
     return tuple(reports)

@@ -354,10 +354,14 @@ class CertificateReport(Struct, frozen=True, kw_only=True):
     """Wilson 95 % interval, from the gate file."""
     num_pairs: int = 0
     num_live_pairs: int = 0
-    """Requests that also ran on the reference mode in production."""
+    """Requests with an exact answer that also ran on the reference mode in production."""
     live_difference: float | None = None
     live_evidence: float | None = None
     """Against the mode; at 1 / quality.alpha it is withdrawn."""
+    num_live_unscored: int = 0
+    """Other requests that did; their answers can only be compared, and take nothing away."""
+    live_agreement: float | None = None
+    """Share of these that began alike."""
 
 
 class ModeReport(Struct, frozen=True, kw_only=True):

@@ -198,6 +198,8 @@ def _quality(modes: tuple[ModeReport, ...]) -> list[str]:
             f"{certificate.num_live_pairs:,}",
             DASH if certificate.live_difference is None else f"{certificate.live_difference * 100:+.2f}",
             DASH if certificate.live_evidence is None else f"{certificate.live_evidence:.2g}",
+            f"{certificate.num_live_unscored:,}",
+            _share(certificate.live_agreement),
         ]
         for mode in told
         for certificate in mode.certificates
@@ -205,6 +207,7 @@ def _quality(modes: tuple[ModeReport, ...]) -> list[str]:
     ]
     if rows:
         head = ["mode", "task", "standing", "right", "95 %", "pairs", "live pairs", "difference", "evidence"]
+        head += ["unscored", "agree"]
         lines += ["", *table(head, rows, left=(0, 1, 2))]
     return lines
 

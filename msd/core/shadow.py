@@ -7,7 +7,7 @@ the conservation, its energy is waste. The share is kept per mode and task by co
 
 from __future__ import annotations
 
-from math import nan
+from msgspec import Struct
 
 from msd.config import QualityConfig
 from msd.core import commands as c
@@ -16,12 +16,24 @@ from msd.core.entry import Entry
 from msd.core.events import QualityJudged
 from msd.core.fleet import Fleet
 from msd.core.trial import Trial
-from msd.gate import ALL_TASKS, Withdrawal
+from msd.gate import ALL_TASKS, GateRow, Withdrawal
 
 AT_ONCE = 4
 CREDIT_MOST = 2.0
 """Shadows that a busy time may leave to be made up for."""
 ATTEMPT = 1
+DOUBT_PAIRS = 100
+"""Unscored pairs from which on somebody is told that few of them agree."""
+
+
+class Doubt(Struct, frozen=True):
+    """Something to look at: live answers that cannot be scored agree less than the gate's did. Shares 0..1."""
+
+    mode: str
+    task: str
+    num_pairs: int
+    agreement: float
+    gate_agreement: float
 
 
 class _Shadow:
@@ -43,6 +55,8 @@ class Shadows:
         self._running: dict[str, _Shadow] = {}
         self._credit: dict[tuple[int, str], float] = {}
         self._trials: dict[tuple[int, str], Trial] = {}
+        self._doubts: list[Doubt] = []
+        self._doubted: set[tuple[int, str]] = set()
         self._next = 1
         self.num_begun = 0
         self.num_came_to_nothing = 0
@@ -122,14 +136,25 @@ class Shadows:
             return None
         trial = self._trials.get((arm, task))
         if trial is None:
-            trial = self._trials[arm, task] = Trial(self._config.delta, self._config.alpha, row.agreement)
-        if not trial.add(event.difference, event.agrees):
+            trial = self._trials[arm, task] = Trial(self._config.delta, self._config.alpha)
+        if event.difference is None:
+            trial.count(event.agrees)
+            self._doubt(arm, task, trial, row)
             return None
-        return self._certificates.withdraw(arm, task, trial.num_pairs, loss(trial), trial.capital)
+        if not trial.add(event.difference):
+            return None
+        difference = trial.sum_difference / trial.num_scored
+        return self._certificates.withdraw(arm, task, trial.num_scored, difference, trial.capital)
 
+    def take_doubts(self) -> list[Doubt]:
+        """Modes that agree less than at the gate where nothing can be scored; of each mode and task once."""
+        doubts, self._doubts = self._doubts, []
+        return doubts
 
-def loss(trial: Trial) -> float:
-    """How the mode fared: mean difference of scored pairs, else minus the share that disagrees. NaN: no pair."""
-    if trial.num_scored:
-        return trial.sum_difference / trial.num_scored
-    return -trial.num_disagree / trial.num_pairs if trial.num_pairs else nan
+    def _doubt(self, arm: int, task: str, trial: Trial, row: GateRow) -> None:
+        if trial.num_unscored < DOUBT_PAIRS or (arm, task) in self._doubted:
+            return
+        if trial.agreement < row.agreement - self._config.delta:
+            self._doubted.add((arm, task))
+            name = self._fleet.books[arm].name
+            self._doubts.append(Doubt(name, task, trial.num_unscored, trial.agreement, row.agreement))

@@ -97,40 +97,43 @@ def try_batch(differences: list[float], delta: float, alpha: float) -> Verdicts:
 class Trial:
     """A certified mode on one task in production: live pairs can only take the certificate away.
 
-    Where the right answer is known, a pair is a difference of scores; elsewhere, whether both gave the same answer,
-    and the null is the agreement that the gate measured, less delta. One capital runs through both kinds of pairs.
+    Only pairs whose right answer is known can: of free text, an equal mode of fewer bits says something else now and
+    then, and how often nobody has measured. Such pairs are counted, for people to look at.
     """
 
-    __slots__ = (
-        "_agreement", "_alpha", "_score", "capital", "is_over", "num_disagree", "num_pairs", "num_scored",
-        "sum_difference",
-    )  # fmt: skip
+    __slots__ = ("_alpha", "_score", "is_over", "num_disagree", "num_scored", "num_unscored", "sum_difference")
 
-    def __init__(self, delta: float, alpha: float, agreement: float) -> None:
-        """`agreement`: share of pairs with the same answer, as certified (0..1)."""
+    def __init__(self, delta: float, alpha: float) -> None:
         self._alpha = alpha
-        least = min(max(agreement - delta, 0.01), 0.99)
         self._score = Bettor((1 - delta) / 2, "below", 0.5 - delta, _SUSPICION_WEIGHT)
-        self._agreement = Bettor(least, "below", least - delta, _SUSPICION_WEIGHT)
-        self.capital = 1.0
-        self.num_pairs = 0
         self.num_scored = 0
-        self.num_disagree = 0
         self.sum_difference = 0.0
+        self.num_unscored = 0
+        self.num_disagree = 0
+        """Of the unscored."""
         self.is_over = False
 
-    def add(self, difference: float | None, agrees: bool) -> bool:
-        """Take a pair: its difference of scores, else whether the answers agree. True: the mode is found worse now."""
-        self.num_pairs += 1
-        self.num_disagree += not agrees
-        if difference is None:
-            factor = self._agreement.add(1.0 if agrees else 0.0)
-        else:
-            self.num_scored += 1
-            self.sum_difference += difference
-            factor = self._score.add((difference + 1) / 2)
-        self.capital = min(self.capital * factor, _CAPITAL_MOST)
+    @property
+    def capital(self) -> float:
+        """The evidence against the mode; 1 / alpha is enough."""
+        return self._score.capital
+
+    @property
+    def agreement(self) -> float:
+        """Share of the unscored pairs with the same answer; 1 where there is none."""
+        return 1 - self.num_disagree / self.num_unscored if self.num_unscored else 1.0
+
+    def add(self, difference: float) -> bool:
+        """Take a pair by its difference of scores (-1..1). True: the mode is found worse now."""
+        self.num_scored += 1
+        self.sum_difference += difference
+        self._score.add((difference + 1) / 2)
         if self.is_over or self.capital * self._alpha < 1:
             return False
         self.is_over = True
         return True
+
+    def count(self, agrees: bool) -> None:
+        """Take a pair that cannot be scored: whether both said the same."""
+        self.num_unscored += 1
+        self.num_disagree += not agrees

@@ -16,6 +16,8 @@ from functools import partial
 from random import Random
 from typing import Protocol
 
+from msgspec import structs
+
 from msd.config import Config, EngineConfig, PolicyConfig
 from msd.core import events as e
 from msd.core.commands import Command
@@ -316,6 +318,9 @@ class World:
 
     def _watch(self, event: Event) -> list[Command]:
         """The scheduler's `handle`, with checks and digest around it."""
+        if isinstance(event, e.QualityJudged) and event.agrees is not None and event.difference is None:
+            # Filler has no right answer: here the reference's counts as right, so that modes are withdrawn.
+            event = structs.replace(event, difference=0.0 if event.agrees else -1.0)
         commands = self._handle(event)
         self._num_events += 1
         self._checks.after(event, commands)

@@ -384,6 +384,24 @@ def _decisions(snapshot: Snapshot) -> Iterator[Metric]:
         ("mode", "task", "standing"),
         [(row, 1) for row in snapshot.standings],
     )
+    certificates = [((mode.mode, one.task), one) for mode in status.modes for one in mode.certificates]
+    yield _counter(
+        "msd_gate_live_pairs",
+        "Answers that were compared with the reference's in production.",
+        ("mode", "task", "kind"),
+        [
+            ((*key, kind), num)
+            for key, one in certificates
+            for kind, num in (("scored", one.num_live_pairs), ("unscored", one.num_live_unscored))
+            if num
+        ],
+    )
+    yield _gauge(
+        "msd_gate_live_agreement_ratio",
+        "Share of the unscored ones that began alike; it takes nothing away.",
+        ("mode", "task"),
+        [(key, one.live_agreement) for key, one in certificates if one.live_agreement is not None],
+    )
 
 
 def _gpu(status: DaemonStatus) -> Iterator[Metric]:

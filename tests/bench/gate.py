@@ -1,8 +1,9 @@
 """The quality gate on simulated pairs: how surely a worse mode is found, how rarely an equal one is withdrawn.
 
 Pairs are drawn, not measured on engines: each differs with the stated probability, and the mean difference is exactly
-known. Both tests are the daemon's and the gate's own code; seeds are fixed, so the figures repeat. A `repeat` of a row
-is one block of runs.
+known. From there on it is production's path: what was asked and said goes through `ShadowRuns` (which grades it, or can
+not), each comparison through the scheduler's `Shadows`, and the gate's through its own test. Seeds are fixed, so the
+figures repeat. A `repeat` of a row is one block of runs.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from random import Random
 
-from msd.core.trial import Bettor, Trial, try_batch
+from msd import tasks
+from msd.core.events import QualityJudged
+from msd.core.trial import Bettor, try_batch
+from msd.domain import Chunk, Prompt, Sampling
+from msd.learning.shadow_runs import Comparison, ShadowRuns
 from tests.bench.harness import Options, Row, row, say
+from tests.unit.core_world import CoreWorld, gate_of, make_config
 
 TARGET = "gate"
 DELTA, ALPHA = 0.015, 0.05
 WORSE = -0.03
 NUM_BLOCKS = 4
 RUNS_PER_BLOCK = 50
+CERTIFIED = gate_of({"m1": {"copy": "certified", "*": "certified"}})
 
 
 def pairs(seed: str, disagreement: float, mean: float) -> Iterator[float]:
@@ -30,11 +37,63 @@ def pairs(seed: str, disagreement: float, mean: float) -> Iterator[float]:
         yield -1.0 if drawn < worse else 1.0 if drawn < disagreement else 0.0
 
 
+class Production:
+    """The daemon's parts between a request's answer and the verdict, with a certified mode m1 beside its reference."""
+
+    def __init__(self) -> None:
+        engines: dict[str, dict[str, object]] = {"m1": {"precision": "int8"}}
+        quality = {"shadow_share": 1.0, "delta": DELTA, "alpha": ALPHA}
+        self.world = CoreWorld(make_config(slots=8, engines=engines, quality=quality), gate=CERTIFIED)
+        request_id = self.world.submit(task="copy", mode_hint="m1", mode_strict=True)
+        entry = self.world.scheduler.entry(request_id)
+        assert entry is not None
+        self.entry = entry
+
+    def judge(self, compared: Comparison) -> bool:
+        """One more request is shadowed, and this came of it. True: the mode is withdrawn."""
+        shadows = self.world.scheduler.shadows
+        shadow = shadows.begin(self.entry, 0)
+        assert shadow is not None, "a certified mode is shadowed"
+        judged = QualityJudged(
+            0, shadow.shadow_id, shadow.mode, shadow.task, compared.difference, compared.num_tokens, compared.agrees
+        )
+        return shadows.judged(judged) is not None
+
+
+def compared(prompt: str, said: str, reference: str) -> Comparison:
+    """What `ShadowRuns` makes of two answers to a prompt."""
+    runs = ShadowRuns()
+    body = Prompt(token_ids=tuple(prompt.encode()), sampling=Sampling(temperature=0.0))
+    assert runs.begin("s", body, said, tuple(said.encode()), lambda ids: bytes(ids).decode())
+    runs.chunk("s", Chunk(tuple(reference.encode()), reference, "stop"))
+    return runs.end("s", is_whole=True)
+
+
+PROBLEM = tasks.generate("copy", 1, 1)
+RIGHT, WRONG = PROBLEM.answer, "wrong"
+SCORED = {
+    -1.0: compared(PROBLEM.prompt, WRONG, RIGHT),
+    0.0: compared(PROBLEM.prompt, RIGHT, RIGHT),
+    1.0: compared(PROBLEM.prompt, RIGHT, WRONG),
+}
+"""By the difference of scores."""
+FREE = {same: compared("Tell me a story.", "Once upon", "Once upon" if same else "There was") for same in (True, False)}
+
+
 def withdrawn_after(seed: str, disagreement: float, mean: float, num_pairs: int) -> int | None:
-    """How many live pairs it took to withdraw the mode; None within `num_pairs`."""
-    trial = Trial(DELTA, ALPHA, 1.0)
+    """How many live pairs with an exact answer it took to withdraw the mode; None within `num_pairs`."""
+    production = Production()
     for index, difference in enumerate(islice(pairs(seed, disagreement, mean), num_pairs), 1):
-        if trial.add(difference, difference == 0):
+        if production.judge(SCORED[difference]):
+            return index
+    return None
+
+
+def withdrawn_on_free_text(seed: str, agreement: float, num_pairs: int) -> int | None:
+    """The same where nothing can be scored: `agreement` of the answers begin alike."""
+    production, drawn = Production(), Random(seed).random
+    for index in range(1, num_pairs + 1):
+        if production.judge(FREE[drawn() < agreement]):
             return index
     return None
 
@@ -69,6 +128,8 @@ def measure(options: Options) -> list[Row]:
                num_runs, lambda seed: withdrawn_after(seed, 0.10, 0.0, 12_000), bar=1.0),
         _share("exactly 1.5 points worse (the limit), 5 % disagree: withdrawn within 12,000 live pairs",
                num_runs, lambda seed: withdrawn_after(seed, 0.05, -DELTA, 12_000), bar=100 * ALPHA),
+        _share(f"free text, 97 % agree: withdrawn within 4,000 live pairs, {NUM_BLOCKS * num_runs} runs",
+               num_runs, lambda seed: withdrawn_on_free_text(seed, 0.97, 4_000), bar=0.0),
         _share("3 points worse, 5 % disagree, within 4,000, with the spec's stakes (20 pairs of no loss)",
                num_runs, lambda seed: by_the_spec(seed, 0.05, WORSE, 4_000), op=">="),
         _share("exactly 1.5 points worse (the limit), 5 % disagree: certified by the gate within 12,000 pairs",

@@ -182,6 +182,30 @@ def test_a_shadow_that_came_to_nothing_says_nothing() -> None:
     assert world.scheduler.shadows.num_running == 0
 
 
+def test_an_equal_mode_keeps_its_certificate_on_free_text() -> None:
+    """Its words differ from the reference's more often than on the gate's short answers; somebody is told, once."""
+    world = world_of()
+    for number in range(1_000):
+        serve(world, task="copy")
+        judge(world, world.of(c.Shadow)[-1], None, agrees=number % 33 != 0)
+    assert not world.of(c.Withdraw)
+    trial = world.scheduler.shadows.trial(1, "copy")
+    assert trial is not None
+    assert (trial.num_scored, trial.num_unscored, trial.num_disagree, trial.capital) == (0, 1_000, 31, 1.0)
+    assert [(doubt.mode, doubt.task, doubt.gate_agreement) for doubt in world.scheduler.shadows.take_doubts()] == [
+        ("m1", "copy", 1.0)
+    ]
+    assert not world.scheduler.shadows.take_doubts(), "it is said once"
+
+
+def test_no_doubt_where_answers_agree_as_at_the_gate() -> None:
+    world = world_of()
+    for number in range(300):
+        serve(world, task="copy")
+        judge(world, world.of(c.Shadow)[-1], None, agrees=number % 100 != 99)
+    assert not world.scheduler.shadows.take_doubts()
+
+
 def test_who_waits_for_a_withdrawn_mode_goes_elsewhere_or_gets_the_error() -> None:
     world = world_of(slots=1)
     serve(world)
@@ -191,7 +215,7 @@ def test_who_waits_for_a_withdrawn_mode_goes_elsewhere_or_gets_the_error() -> No
     made = trial.trial(1, "copy")
     assert made is not None
     while made.capital * 0.05 < 0.9:
-        made.add(-1.0, False)
+        made.add(-1.0)
     serve(world)
     last = world.of(c.Shadow)[-1]
     busy = world.submit(task="copy", mode_hint="m1", mode_strict=True)

@@ -168,7 +168,7 @@ def test_an_equal_mode_is_compared_and_keeps_its_certificate() -> None:
     house = live([reference, Solver("m1")], scenario)
     trial = house.scheduler.shadows.trial(1, "copy")
     assert trial is not None
-    assert (trial.num_pairs, trial.num_scored, trial.sum_difference) == (100, 100, 0)
+    assert (trial.num_unscored, trial.num_scored, trial.sum_difference) == (0, 100, 0)
     assert len(reference.asked) == 100
     assert house.scheduler.counts.submitted == house.scheduler.counts.delivered == 100
     assert not house.withdrawn
@@ -217,7 +217,7 @@ def test_answers_without_an_exact_answer_are_compared_with_each_other() -> None:
     house = live([Solver("m0"), Solver("m1")], scenario)
     trial = house.scheduler.shadows.trial(1, "copy")
     assert trial is not None
-    assert (trial.num_pairs, trial.num_scored, trial.num_disagree) == (20, 0, 0)
+    assert (trial.num_unscored, trial.num_scored, trial.num_disagree) == (20, 0, 0)
 
 
 def test_a_shadow_is_broken_off_and_tells_nothing_when_the_daemon_stops() -> None:

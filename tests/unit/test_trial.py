@@ -65,32 +65,28 @@ def test_capital_neither_overflows_nor_goes_below_nothing() -> None:
 
 
 def test_production_finds_a_mode_that_becomes_worse_after_long_good_service() -> None:
-    trial = Trial(DELTA, ALPHA, 1.0)
+    trial = Trial(DELTA, ALPHA)
     for difference in differences(1, 20_000, 0.05, 0.0):
-        assert not trial.add(difference, difference == 0)
-    found = [trial.add(difference, difference == 0) for difference in differences(2, 12_000, 0.05, -0.03)]
+        assert not trial.add(difference)
+    found = [trial.add(difference) for difference in differences(2, 12_000, 0.05, -0.03)]
     assert found.count(True) == 1, "it says so once"
     assert trial.is_over
 
 
 def test_an_equal_mode_keeps_its_certificate() -> None:
     for seed in range(10):
-        trial = Trial(DELTA, ALPHA, 1.0)
-        assert not any(trial.add(difference, difference == 0) for difference in differences(seed, 6_000, 0.05, 0.0))
+        trial = Trial(DELTA, ALPHA)
+        assert not any(trial.add(difference) for difference in differences(seed, 6_000, 0.05, 0.0))
 
 
-@pytest.mark.parametrize(("agreement", "live", "found"), [(0.9, 0.9, False), (0.9, 0.6, True), (1.0, 0.9, True)])
-def test_where_no_answer_can_be_scored_agreement_is_held_to_what_was_certified(
-    agreement: float, live: float, found: bool
-) -> None:
-    trial, rng = Trial(DELTA, ALPHA, agreement), Random(3)
-    assert any(trial.add(None, rng.random() < live) for _ in range(3_000)) is found
-
-
-def test_both_kinds_of_pairs_feed_one_capital() -> None:
-    trial = Trial(DELTA, ALPHA, 1.0)
-    trial.add(-1.0, False)
+def test_pairs_that_cannot_be_scored_are_counted_and_take_nothing_away() -> None:
+    trial = Trial(DELTA, ALPHA)
+    trial.add(-1.0)
     scored = trial.capital
-    trial.add(None, False)
-    assert trial.capital > scored > 1
-    assert (trial.num_pairs, trial.num_scored, trial.num_disagree) == (2, 1, 2)
+    for _ in range(2_000):
+        trial.count(False)
+    trial.count(True)
+    assert trial.capital == scored > 1
+    assert not trial.is_over
+    assert (trial.num_scored, trial.num_unscored, trial.num_disagree) == (1, 2_001, 2_000)
+    assert trial.agreement == pytest.approx(1 / 2_001)
