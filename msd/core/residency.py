@@ -224,7 +224,10 @@ class Residency:
             return
         auto = self._autos[i]
         auto.can_sleep = info.can_sleep
-        if self._moving == i and self._to == "resident":
+        if self.is_leaving(info.engine):
+            # It had died, and its restart was on the way before it was sent off: what is sent there now would be lost.
+            self._fleet.engine_left(info.engine, self._to)
+        elif self._moving == i:
             took_s = (t_us - self._since_us) * 1e-6
             if auto.residence == "asleep":
                 auto.wake_s += COST_ALPHA * (took_s - auto.wake_s)
@@ -232,7 +235,7 @@ class Residency:
                 auto.start_s = info.start_s or took_s
             auto.residence = "resident"
             self._arrive(t_us)
-        elif self._moving != i:
+        else:
             auto.residence = "resident"
 
     def engine_left(self, t_us: int, engine: str, residence: Residence, took_s: float) -> None:

@@ -478,7 +478,8 @@ class Pool:
                 self._enter(slot, "up")
                 slot.up_us = self._clock.now_us()
                 log.info("engine_up", engine=slot.name, start_s=round(info.start_s, 2), pids=info.pids)
-                self._sink.on_engine_up(info)
+                if slot.wanted == "resident":  # else it was told to leave meanwhile, and says so once it has
+                    self._sink.on_engine_up(info)
                 return engine
             log.error("engine_start_failed", engine=slot.name, error=slot.last_error)
             self._sink.on_engine_lost(slot.name, ExitKind.DIED, slot.last_error)

@@ -579,3 +579,22 @@ def test_an_engine_that_dies_in_its_sleep_comes_back_only_when_wanted() -> None:
 
     world.run(script)
     assert len(world.made["a"]) == 2
+
+
+def test_an_engine_that_is_sent_off_while_it_restarts_never_says_that_it_is_up() -> None:
+    world = World("a", may_move=("a",), start_s=3.0)
+
+    async def script() -> None:
+        world.pool.transit("a", "resident")
+        await settle(world, "a", "up")
+        world.made["a"][0].die()
+        await settle(world, "a", "starting")
+        await asyncio.sleep(1)
+        world.pool.transit("a", "asleep")
+        await settle(world, "a", "asleep")
+        await asyncio.sleep(2)
+
+    world.run(script)
+    assert [report[0] for report in world.sink.of("starting", "up", "lost", "asleep")] == [
+        "starting", "up", "lost", "starting", "asleep",
+    ]  # fmt: skip

@@ -343,6 +343,28 @@ def test_nothing_is_routed_to_an_engine_that_leaves_and_what_runs_may_finish() -
     assert world.transits == [(present, "asleep")]
 
 
+def test_nothing_is_routed_to_an_engine_whose_restart_ends_after_it_was_sent_off() -> None:
+    world = World(10.0, 12.0, memory=15)
+    world.wait(10)
+    world.obey()
+    present = world.resident()[0]
+    absent = "m1" if present == "m0" else "m0"
+    world.load(6)
+    for _ in range(12):
+        world.submit(mode_hint=absent, mode_strict=True)
+        world.wait(1_000)
+        if world.transits:
+            break
+    assert world.transits == [(present, "asleep")]
+    later = world.submit(mode_hint=present, mode_strict=True)
+    world.engine_up(present)
+    assert later not in world.running
+    assert world.scheduler.fleet.resident() == []
+    assert world.planner.residence_of(present) == ("resident", "leaving")
+    world.obey()
+    assert world.resident() == [absent]
+
+
 def test_after_the_drain_requests_are_moved_without_a_strike() -> None:
     world = World(10.0, 12.0, memory=15, drain_s=2.0)
     world.wait(10)
