@@ -19,10 +19,19 @@ import msgspec
 from msd import __version__, gate, tasks
 from msd import config as settings
 from msd.cli import terminal
-from msd.cli.options import Commands, add_config, add_json, count, load_config
+from msd.cli.options import (
+    Commands,
+    add_config,
+    add_engines,
+    add_fresh,
+    add_json,
+    chosen,
+    count,
+    load_config,
+    names,
+)
 from msd.cli.terminal import table
 from msd.config import Config
-from msd.config.problems import nearest
 from msd.errors import EXIT_NO, EXIT_OK, EXIT_TERMINATED, ConfigError
 
 if TYPE_CHECKING:
@@ -44,13 +53,13 @@ def add_to(commands: Commands) -> None:
         "broken off goes on where it stopped. Exit 1 when a mode was revoked on some task.",
     )
     add_config(parser)
-    parser.add_argument("--engines", type=_words, metavar="A,B", help="only these, beside the reference (default: all)")
-    parser.add_argument("--tasks", type=_words, metavar="A,B", help=f"of {', '.join(tasks.TASKS)} (default: all)")
+    add_engines(parser, "only these, beside the reference")
+    parser.add_argument("--tasks", type=names, metavar="A,B", help=f"of {', '.join(tasks.TASKS)} (default: all)")
     parser.add_argument(
         "--pairs", type=count, default=DEFAULT_PAIRS, metavar="N", help=f"per task (default {DEFAULT_PAIRS})"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="gate file to write (default: quality.gate)")
-    parser.add_argument("--fresh", action="store_true", help="throw away what an earlier run has left")
+    add_fresh(parser)
     add_json(parser, "the gate file on stdout as one JSON object, in place of the table")
     parser.set_defaults(run=run)
 
@@ -60,24 +69,19 @@ def run(options: argparse.Namespace) -> int:
     file = settings.find(options.config)
     config = load_config(file, look_at_gate=False)
     base_dir = file.parent
-    names = options.tasks or list(tasks.TASKS)
-    for name in names:
-        if name not in tasks.TASKS:
-            raise ConfigError(f"--tasks: no task {name!r}; {nearest(name, tasks.TASKS)}")
+    asked = chosen(options.tasks, tuple(tasks.TASKS), "--tasks", "task")
     known = [engine.name for engine in config.engine]
-    for name in options.engines or ():
-        if name not in known:
-            raise ConfigError(f"--engines: no [[engine]] {name!r}; {nearest(name, known)}")
+    wanted = chosen(options.engines, known, "--engines", "[[engine]]")
     reference = find_reference(config)
-    chosen = [name for name in known if name == reference or not options.engines or name in options.engines]
-    if len(chosen) < 2:
+    modes = [name for name in known if name == reference or name in wanted]
+    if len(modes) < 2:
         raise ConfigError("there is only the reference mode: nothing to compare", remedy="add an [[engine]]")
     out = options.out or base_dir / (config.quality.gate or DEFAULT_OUT)
     from msd import logs
 
     logs.configure(config.daemon)
     try:
-        measured = asyncio.run(measure(config, base_dir, reference, chosen, names, options, out))
+        measured = asyncio.run(measure(config, base_dir, reference, modes, asked, options, out))
     except asyncio.CancelledError:  # by SIGTERM; the engine is stopped
         return EXIT_TERMINATED
     if options.json:
@@ -103,8 +107,8 @@ async def measure(
     config: Config,
     base_dir: Path,
     reference: str,
-    chosen: Sequence[str],
-    names: Sequence[str],
+    modes: Sequence[str],
+    task_names: Sequence[str],
     options: argparse.Namespace,
     out: Path,
 ) -> gate.GateFile:
@@ -126,8 +130,8 @@ async def measure(
     where = identity(config, look(*installed_gpus()))
     versions = {"msd": __version__, "engine": where.engine_version}
     answers = gate_run.Answers(partial, versions)
-    asked = gate_run.questions(names, options.pairs)
-    order = [reference, *(name for name in chosen if name != reference)]
+    asked = gate_run.questions(task_names, options.pairs)
+    order = [reference, *(name for name in modes if name != reference)]
     logs_folder = None
     if any(engines[name].kind == "vllm" and answers.missing(recipes[name], asked) for name in order):
         from msd.engine.vllm import import_vllm
@@ -294,13 +298,6 @@ class Meter:
         self._told_s = time.monotonic()
         line = f"gate: {self._mode}: {self._doing}, {self._num_done:,} of {self._num_questions:,} answers"
         print(line, file=sys.stderr, flush=True)
-
-
-def _words(text: str) -> list[str]:
-    words = [word for word in text.split(",") if word]
-    if not words:
-        raise argparse.ArgumentTypeError("names, with commas between them")
-    return list(dict.fromkeys(words))
 
 
 def _sigterm_cancels() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from msd.config import Config, load
+from msd.config.problems import nearest
+from msd.errors import ConfigError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What a command adds its parser to; argparse has no public name for it."""
@@ -43,6 +46,32 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser, help_text: str = "one JSON object on stdout") -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help=help_text)
+
+
+def add_engines(parser: argparse.ArgumentParser, which: str = "only these") -> None:
+    """Add `--engines A,B`."""
+    parser.add_argument("--engines", type=names, metavar="A,B", help=f"{which} (default: all)")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them, each once, as argparse's `type`."""
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError("names, with commas between them")
+    return found
+
+
+def chosen(asked: Sequence[str] | None, known: Sequence[str], option: str, what: str) -> tuple[str, ...]:
+    """What was asked for, else all that is known. Raises ConfigError with the nearest name."""
+    for name in asked or ():
+        if name not in known:
+            raise ConfigError(f"{option}: no {what} {name!r}; {nearest(name, known)}")
+    return tuple(asked or known)
+
+
+def add_fresh(parser: argparse.ArgumentParser) -> None:
+    """Add `--fresh`, for what takes up an earlier run by itself."""
+    parser.add_argument("--fresh", action="store_true", help="throw away what an earlier run has left")
 
 
 def positive(text: str) -> float:

@@ -17,8 +17,7 @@ import msgspec
 
 from msd import config as settings
 from msd.cli import terminal
-from msd.cli.options import Commands, add_config, add_json, load_config
-from msd.config.problems import nearest
+from msd.cli.options import Commands, add_config, add_engines, add_fresh, add_json, chosen, load_config, names
 from msd.errors import EXIT_NO, EXIT_OK, EXIT_TERMINATED, ConfigError, EngineError, EngineStartError
 
 if TYPE_CHECKING:
@@ -43,11 +42,12 @@ def add_to(commands: Commands) -> None:
         description="Start the configuration's engines one after another, measure each alone over families of "
         "workloads (TTFT, TPOT, throughput at several batch sizes, energy per token where a counter measures it, "
         "memory, start, sleep and wake), and write a profile. Name it in policy.profile: msd then starts with good "
-        "estimates. Nothing else should run on the device meanwhile. An interrupted run goes on with --resume.",
+        "estimates. Nothing else should run on the device meanwhile. A run that was broken off goes on "
+        "where it stopped.",
     )
     add_config(parser)
-    parser.add_argument("--engines", metavar="NAMES", help="only these, with commas between (default: all)")
-    parser.add_argument("--families", metavar="NAMES", help="only these families of workloads (default: all)")
+    add_engines(parser)
+    parser.add_argument("--families", type=names, metavar="A,B", help="only these families of workloads (default: all)")
     parser.add_argument(
         "--batches", type=_sizes, default=(1, 4, 16), metavar="SIZES", help="requests at once (default 1,4,16)"
     )
@@ -59,7 +59,7 @@ def add_to(commands: Commands) -> None:
         help="least time of a cell where energy is measured (default 10, simulated 1; 0: no energy)",
     )
     parser.add_argument("--out", metavar="FILE", default=DEFAULT_OUT, help=f"the profile (default {DEFAULT_OUT})")
-    parser.add_argument("--resume", action="store_true", help="go on with what FILE.partial holds, if it is there")
+    add_fresh(parser)
     add_json(parser, "the profile on stdout, progress on stderr")
     parser.set_defaults(run=run)
 
@@ -80,14 +80,14 @@ def run(options: argparse.Namespace) -> int:
     logs.configure(config.daemon)
     simulated = config.engine[0].kind == "sim"
     plan = Plan(
-        families=_chosen(options.families, FAMILY_NAMES, "family"),
+        families=chosen(options.families, FAMILY_NAMES, "--families", "family"),
         batches=options.batches,
         num_repeats=options.repeats,
         energy_s=_energy_s(options.energy_s, simulated),
     )
     host = look(*installed_gpus())
     work = _Work(options, config, file.parent, plan, identity(config, host))
-    work.begin(resume=options.resume)
+    work.begin(fresh=options.fresh)
     try:
         code: int = uvloop.run(work.measure())
     except asyncio.CancelledError:  # by SIGTERM; the engine is stopped
@@ -123,20 +123,22 @@ class _Work:
         self._idle_w: float | None = None
         self._progress = _Progress()
 
-    def begin(self, *, resume: bool) -> None:
+    def begin(self, *, fresh: bool) -> None:
         """Take up what an interrupted run has measured. Raises ConfigError when that was something else."""
         from msd.profile import differences, load
 
         if not self._partial.is_file():
             return
-        if not resume:
-            say(f"starting anew; {self._partial} of an interrupted run is overwritten (--resume goes on with it)")
+        if fresh:
+            self._partial.unlink()
             return
         before = load(self._partial)
         where = self._where
         found = list(differences(before, self._config, self._base_dir, where.device, where.engine_version))
         if found:
-            raise ConfigError(f"{self._partial} cannot be resumed: {'; '.join(found)}", remedy="run without --resume")
+            raise ConfigError(
+                f"{self._partial} cannot be resumed: {'; '.join(found)}", remedy="throw it away with --fresh"
+            )
         self._modes = {mode.mode: mode for mode in before.modes}
         self._idle_w = before.idle_w
         num_cells = sum(len(mode.cells) for mode in before.modes)
@@ -348,32 +350,22 @@ def _sigterm_cancels() -> None:
     loop = asyncio.get_running_loop()
 
     def end() -> None:
-        say("interrupted; --resume goes on from here")
+        say("interrupted; the same command goes on from here")
         task.cancel()
 
     loop.add_signal_handler(signal.SIGTERM, end)
 
 
-def _only(config: settings.Config, names: str | None) -> settings.Config:
+def _only(config: settings.Config, asked: Sequence[str] | None) -> settings.Config:
     """The configuration with the engines to be measured alone."""
     known = [engine.name for engine in config.engine]
-    wanted = _chosen(names, known, "engine")
+    wanted = chosen(asked, known, "--engines", "[[engine]]")
     engines = tuple(engine for engine in config.engine if engine.name in wanted and engine.kind != "noop")
     if not engines:
         raise ConfigError("there is no engine to measure", remedy="no-op engines do nothing")
     if len({engine.kind for engine in engines}) > 1:
         raise ConfigError("real and simulated engines cannot share a profile", remedy="choose some with --engines")
     return msgspec.structs.replace(config, engine=engines)
-
-
-def _chosen(names: str | None, known: Sequence[str], what: str) -> tuple[str, ...]:
-    if names is None:
-        return tuple(known)
-    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
-    for name in chosen:
-        if name not in known:
-            raise ConfigError(f"there is no {what} {name}", remedy=nearest(name, known))
-    return chosen
 
 
 def _energy_s(asked: float | None, simulated: bool) -> float:

@@ -205,7 +205,7 @@ def measure_profile(file: Path, results: Path, deadline: float) -> bool:
     done = results / "profile.json"
     if done.is_file():
         return True
-    words = ["profile", "--config", str(file), "--out", str(results / "profile.part.json"), "--resume"]
+    words = ["profile", "--config", str(file), "--out", str(results / "profile.part.json")]
     # Ten seconds per cell would take three minutes per mode: three calls are to be enough for everything.
     words += ["--energy-s", "3"]
     code = run_msd(words, deadline)

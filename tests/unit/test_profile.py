@@ -511,7 +511,7 @@ def test_the_command_measures_resumes_and_cleans_up(
     assert only.source == "simulated"
     Path("p.json").rename("p.json.partial")  # as if it had been interrupted after the first mode
     capsys.readouterr()
-    assert cli.main([*words, "--resume"]) == EXIT_OK
+    assert cli.main(words) == EXIT_OK
     told = capsys.readouterr()
     assert "going on with p.json.partial: 1 cells of 1 modes are there" in told.err
     assert "a 0/1" not in told.err, "what is measured is not measured again"
@@ -529,15 +529,18 @@ def test_a_partial_run_of_other_modes_is_not_resumed(
     monkeypatch.chdir(tmp_path)
     Path("c.toml").write_text(TWO.replace("step_ms = 9", "step_ms = 10"))
     write(Path("p.json.partial"), measured)
-    words = ["profile", "--config", "c.toml", "--out", "p.json", *SHORT, "--resume"]
+    words = ["profile", "--config", "c.toml", "--out", "p.json", *SHORT]
     assert cli.main(words) == EXIT_CONFIG
     assert "cannot be resumed: mode plain: sim.step_ms was 9.0, now 10.0" in capsys.readouterr().err
+    assert cli.main([*words, "--fresh"]) == EXIT_OK
+    assert "going on" not in capsys.readouterr().err
+    assert load(Path("p.json")).modes[0].settings["sim.step_ms"] == 10.0
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--engines", "c"], "there is no engine c"),
+        (["--engines", "c"], "--engines: no [[engine]] 'c'"),
         (["--families", "short_shrt"], "did you mean `short_short`?"),
     ],
 )
