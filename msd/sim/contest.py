@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Literal
 
 from msgspec import Struct, structs
 
@@ -93,7 +94,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
     name: str
     value: float
-    op: str
+    op: Literal["<=", ">="]
     bar: float
     holds: bool
     note: str = ""
