@@ -8,14 +8,16 @@ keeps a quality-safe mode of every model, and moves from S to S' only if, on the
 V is the cost of serving the present traffic (`core/worth.py`); H is the horizon, or how long a mix has lasted so far;
 K is what the move costs: requests that wait for it, the detour of the others, and the copying. A set stays for a dwell,
 no engine goes back where it came from within two, and h doubles whenever that was wanted (modeswitch spec, section 7).
-An engine that died, a mode that was revoked, or memory that somebody else took need no gain and no dwell, and requests
-that wait for a mode which is not there need no dwell; only the one transition at a time holds for them too. The lost
-prefix cache and idle watts are not in K: neither is known here.
+A mode that was revoked, or memory that somebody else took, need no gain and no dwell. For an engine that died another
+comes without a dwell, if it earns what it costs before the dead one is back. Requests that wait for a mode which is not
+there need no dwell either, only that the others have had their turn: as long as the move takes. The one transition at
+a time holds for all. The lost prefix cache and idle watts are not in K: neither is known here.
 
 At first, engines that are not chosen are started too where there is room, and put to sleep: a start is not on the
 path of a later switch.
 
-An engine leaves in three steps: nothing is routed to it, its requests end (or are moved after `drain_s`), it goes.
+An engine leaves in three steps: nothing is routed to it, its requests end (or are moved after `drain_s`), it goes. By
+choice it does not leave while a request runs there that was moved before and has not had its time since.
 """
 
 from __future__ import annotations
@@ -63,6 +65,11 @@ VIEW_WAIT_US = 1_000_000
 ROOM_WAIT_US = 2_000_000
 """How long an engine that was to come waits until the view shows room for it; then the plan is dropped."""
 MAX_WAITING_LOOKED_AT = 1_000
+SPARED = 4.0
+"""Who was moved n times may run for drain_s * SPARED^n before its engine leaves by choice: each attempt has longer than
+the one before, so that every request comes to its end, and none holds an engine for much longer than it runs."""
+UNSERVED_BACKOFF_MOST = 4.0
+"""Requests that no present mode may serve wait for at most so many times the way back and forth."""
 UNKNOWN_TOKENS = (256.0, 128.0)
 """Prompt and output of traffic of which nothing is known yet."""
 
@@ -424,7 +431,9 @@ class Residency:
         present, dead = self._present(), self._dead()
         serving = self._modes(present & ~dead)
         is_over = not budget.fits(self._gpu_bytes(present))
-        is_unsafe = not self._is_safe(serving) and self._is_safe(self._modes((1 << len(self._autos)) - 1))
+        is_unsafe = not self._is_safe(serving) and any(
+            self._is_safe(self._modes(subset & ~dead)) for subset in self._sets(budget, present)
+        )
         urgency = "memory" if is_over else "quality" if is_unsafe else "engine lost" if dead else ""
         waiting = self._waiting_by(classes)
         fast = self._worth(classes, fast=True, waiting=waiting, dead=dead)
@@ -471,6 +480,9 @@ class Residency:
                     continue
                 if self._goes_back(after ^ present, t_us):
                     is_regretted = True
+                    if reason == "gain" or not self._may_return(present, after, t_us):
+                        continue
+                if any(self._is_spared(i, t_us) for i in _members(present & ~after)):
                     continue
                 if reason == "gain" and (is_early or t_us - self._settled_us < self._dwell_needed_us(present, after)):
                     continue
@@ -699,6 +711,28 @@ class Residency:
         within_us = 2 * self._dwell_us
         moved = [self._autos[i].changed_us for i in _members(changed)]
         return any(when is not None and t_us - when < within_us for when in moved)
+
+    def _may_return(self, before: int, after: int, t_us: int) -> bool:
+        """Whether requests that only these modes may serve have waited for their turn.
+
+        The others have theirs first: as long as the move takes, and up to four times that where both are wanted again
+        and again, but never longer than a move for gain would have to wait.
+        """
+        autos, changed = self._autos, before ^ after
+        move_s = sum(autos[i].enter_s for i in _members(after & ~before))
+        move_s += sum(autos[i].sleep_s for i in _members(before & ~after))
+        turn_us = min(2 * self._dwell_us, round(min(self._backoff, UNSERVED_BACKOFF_MOST) * move_s * 1e6))
+        moved = [autos[i].changed_us for i in _members(changed)]
+        return all(when is None or t_us - when >= turn_us for when in moved)
+
+    def _is_spared(self, i: int, t_us: int) -> bool:
+        """Whether something runs there that was moved before, and has not had its time since."""
+        drain_us = self._config.drain_s * 1e6
+        return any(
+            entry.num_moves and t_us - entry.dispatched_us < drain_us * SPARED**entry.num_moves
+            for mode in _members(self._autos[i].modes)
+            for entry in self._fleet.books[mode].running.entries()
+        )
 
     def _note_regret(self, t_us: int, is_regretted: bool) -> None:
         """Who wants back within two dwells doubles h, once per switch; calm halves it."""

@@ -7,7 +7,7 @@ requests, tokens and prompts over time, and a request takes the difference betwe
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msd.core.entry import Entry
 
@@ -39,6 +39,10 @@ class Running:
         self._request_us = 0
         self._token_us = 0
         self._read_tokens = 0
+
+    def entries(self) -> Iterable[Entry]:
+        """What runs."""
+        return self._by_id.values()
 
     def spares_ms(self) -> list[float]:
         """By how much each request that keeps its SLOs so far may be delayed before it misses one, least first."""

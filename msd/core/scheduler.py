@@ -902,8 +902,7 @@ class Scheduler:
             decision = entry.decision
             if decision is None or decision.engine != engine or entry.phase is not Phase.RUNNING:
                 continue
-            # Once: who is moved again and again, between engines that take turns, would never come to its end.
-            if not entry.abort_reason and not entry.num_moves:
+            if not entry.abort_reason:
                 entry.abort_reason = "move"
                 num += 1
                 self._out.append(c.Abort(entry.request.request_id, entry.attempt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -33,6 +34,7 @@ class World(CoreWorld):
         qualities: Sequence[float] = (),
         always: Sequence[str] = (),
         slots: int = 8,
+        models: Sequence[str] = (),
         **residency: object,
     ) -> None:
         self.tpots = tpots
@@ -41,6 +43,7 @@ class World(CoreWorld):
             engines[f"m{i}"] = {
                 "residency": "always" if f"m{i}" in always else "auto",
                 "quality": qualities[i] if qualities else 0.9,
+                "model": models[i] if models else "toy",
                 "gpu_bytes": (sizes[i] if sizes else 10) * GB,
                 "sim": {"max_model_len": 4096, "start_s": 2.0},
             }
@@ -387,6 +390,100 @@ def test_after_the_drain_requests_are_moved_without_a_strike() -> None:
     world.finish(running)
     assert running in world.delivered
     assert world.conserved()
+
+
+def moved_once() -> tuple[World, str, str]:
+    """A long request that was moved runs on m1 or m0 (returned), and nothing else does."""
+    world = World(10.0, 12.0, memory=15, drain_s=2.0)
+    world.wait(10)
+    world.obey()
+    absent = "m1" if world.resident()[0] == "m0" else "m0"
+    running = world.submit()
+    called = world.submit(mode_hint=absent, mode_strict=True)
+    for _ in range(20):
+        world.wait(1_000)
+        world.obey()
+    assert world.mode_of(running) == world.mode_of(called) == absent
+    world.finish(called)
+    entry = world.scheduler.entry(running)
+    assert entry is not None
+    assert entry.num_moves == 1
+    return world, running, absent
+
+
+def test_who_was_moved_has_its_time_and_then_holds_no_engine_any_longer() -> None:
+    world, running, present = moved_once()
+    absent = "m1" if present == "m0" else "m0"
+    entry = world.scheduler.entry(running)
+    assert entry is not None
+    since_us = entry.dispatched_us
+    called = world.submit(mode_hint=absent, mode_strict=True)
+    while world.t_us < since_us + 7 * SECOND_US:
+        world.wait(500)
+        world.obey()
+        assert world.mode_of(running) == present
+        assert not world.planner.is_leaving(present), "closed for a leave that cannot go on"
+    for _ in range(30):
+        world.wait(1_000)
+        world.obey()
+    assert called in world.running
+    assert entry.num_moves == 2
+    assert world.conserved()
+
+
+def test_an_emergency_waits_for_nobody_who_was_moved() -> None:
+    world, running, present = moved_once()
+    world.lose("m1" if present == "m0" else "m0")
+    view = GpuView(
+        t_us=world.t_us + SECOND_US, memory_total_bytes=15 * GB, memory_used_bytes=15 * GB, memory_free_bytes=0
+    )
+    world.post(e.ViewTaken(world.t_us, view))
+    for _ in range(8):  # one plan, drain_s
+        world.wait(1_000)
+    assert world.transits == [(present, "asleep")]
+    assert running not in world.running
+
+
+def test_a_lone_request_for_an_absent_mode_is_served_soon_after_the_last_switch() -> None:
+    world = settled()
+    for i in range(1, 7):
+        wanted = f"m{i % 2}"
+        since_us = world.t_us
+        request = world.submit(mode_hint=wanted, mode_strict=True)
+        while request not in world.running:
+            world.wait(500)
+            world.obey()
+            assert world.t_us < since_us + 25 * SECOND_US, (i, world.planner.figures())
+        world.finish(request)
+
+
+def test_two_modes_that_are_both_called_for_take_turns_and_not_at_every_plan() -> None:
+    world = settled()
+    for _ in range(600):
+        for mode in ("m0", "m1"):
+            world.submit(mode_hint=mode, mode_strict=True, deadline_ms=60_000)
+        for request in sorted(world.running):
+            world.finish(request)
+        world.wait(1_000)
+        world.obey()
+    switches = [move.t_us for move in world.planner.history if move.reason == "unserved"]
+    gaps_us = [later - sooner for sooner, later in pairwise(switches)]
+    assert gaps_us[-1] > gaps_us[0]
+    assert world.planner.figures().transition_s < 0.3 * 600
+    assert world.planner.figures().backoff > 1.0
+
+
+def test_models_that_do_not_fit_together_take_turns() -> None:
+    world = World(10.0, 10.0, memory=15, models=("toy", "other"))
+    world.wait(10)
+    world.obey()
+    for model in ("other", "toy", "other"):
+        request = world.submit(model=model)
+        for _ in range(60):
+            world.wait(500)
+            world.obey()
+        assert request in world.running, model
+        world.finish(request)
 
 
 def test_a_cancel_of_a_request_that_is_being_moved_is_heard() -> None:
