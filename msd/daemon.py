@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -31,6 +32,7 @@ from msd.dispatch import Dispatcher
 from msd.egress import Egress
 from msd.engine import factory
 from msd.engine.host import identity, look
+from msd.engine.memory import estimates
 from msd.engine.pool import Pool
 from msd.errors import EXIT_OK, ConfigError, MsdError
 from msd.ingress.accept import Acceptor
@@ -53,6 +55,8 @@ T = TypeVar("T")
 TICK_S = 0.02
 """How often deadlines, counters and the GPU view are looked at."""
 STATUS_EVERY_TICKS = 50
+TRIALS = "trials.json"
+TRIALS_EVERY_S = 60.0
 DRAIN_GRACE_S = 5.0
 """After the drain's limit: for engines to end what was aborted and for the last answers to leave."""
 STOP_LIMIT_S = 20.0
@@ -90,7 +94,15 @@ class Daemon:
         self._identity = status.Identity(config, self._epoch, os.getpid(), self._clock.now_us())
         self._told = ""
         self._gated = ""
-        self._withdrawals = decisions.state_dir(config.daemon.state_dir, base_dir) / "withdrawn.jsonl"
+        self._state_dir = decisions.state_dir(config.daemon.state_dir, base_dir)
+        self._withdrawals = self._state_dir / "withdrawn.jsonl"
+        self._withdrawn: list[gate.Withdrawal] = []
+        """Those that are not on the disk yet."""
+        self._told_withdrawn = asyncio.Event()
+        self._keeps = True
+        self._gate: gate.GateFile | None = None
+        self._trials: tuple[gate.Tried, ...] = ()
+        """As they are on the disk."""
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; drain; leave nothing behind. Raises MsdError when it cannot start."""
@@ -209,6 +221,7 @@ class Daemon:
         """The core, with the gate file that its modes go by; says which of them are kept back, and why."""
         config = self._config
         gate_file = gate.load(self._base_dir / config.quality.gate) if config.quality.gate else None
+        self._gate = gate_file
         scheduler = Scheduler.from_config(
             config,
             Random(config.daemon.seed),
@@ -216,7 +229,11 @@ class Daemon:
             recipes=recipe_hashes(config, self._base_dir),
             withdrawn=gate.load_withdrawals(self._withdrawals) if gate_file is not None else (),
             profile=profile,
+            estimated_bytes=estimates(config, self._base_dir),
         )
+        if gate_file is not None:
+            self._trials = gate.load_trials(self._state_dir / TRIALS, gate_file, config.quality.delta)
+            scheduler.shadows.load(self._trials)
         certificates = scheduler.certificates
         for note in certificates.strangers():
             _log.info("gate_rows_ignored", file=config.quality.gate, why=note)
@@ -227,9 +244,36 @@ class Daemon:
         return scheduler
 
     def _on_withdrawn(self, withdrawal: gate.Withdrawal) -> None:
-        """A mode was found worse in production. Raises ConfigError when that cannot be kept."""
+        """A mode was found worse in production: have it kept, off the loop."""
         self._gated = _kept_back(self._config, self._dispatcher.scheduler.certificates)
-        gate.keep_withdrawals(self._withdrawals, [withdrawal])
+        self._withdrawn.append(withdrawal)
+        self._told_withdrawn.set()
+
+    async def _keep_evidence(self) -> None:
+        """Keep withdrawals as they come, and the trials now and then; once more at the end."""
+        keeps = True
+        while keeps:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TRIALS_EVERY_S):
+                    await self._told_withdrawn.wait()
+            self._told_withdrawn.clear()
+            keeps = self._keeps
+            await self._keep_now()
+
+    async def _keep_now(self) -> None:
+        """Have on the disk what live pairs have found. What cannot be kept is tried again next time."""
+        withdrawn, trials = tuple(self._withdrawn), self._dispatcher.scheduler.shadows.dump()
+        offload = ThreadOffload()
+        try:
+            if withdrawn:
+                await offload.run(partial(gate.keep_withdrawals, self._withdrawals, withdrawn))
+                del self._withdrawn[: len(withdrawn)]
+            if self._gate is not None and trials != self._trials:
+                file, delta = self._state_dir / TRIALS, self._config.quality.delta
+                await offload.run(partial(gate.keep_trials, file, self._gate, delta, trials))
+                self._trials = trials
+        except ConfigError as error:  # they hold for this run all the same
+            _log.error("evidence_not_kept", num_withdrawals=len(withdrawn), num_trials=len(trials), error=str(error))
 
     async def _serve(self, tasks: asyncio.TaskGroup, crash: asyncio.Future[None], probes: tuple[GpuProbe, ...]) -> None:
         """From READY to the last answer. Raises what crashed, if something did."""
@@ -239,6 +283,7 @@ class Daemon:
         running = tasks.create_task(pool.run(), name="pool")
         ticker = tasks.create_task(self._tick(probes), name="ticker")
         fitting = tasks.create_task(self._fitting.run(dispatcher.post), name="energy fit")
+        keeping = tasks.create_task(self._keep_evidence(), name="evidence")
         # Everything that lives as long as the daemon exists now: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -254,6 +299,9 @@ class Daemon:
         await running
         ticker.cancel()
         fitting.cancel()
+        self._keeps = False
+        self._told_withdrawn.set()
+        await keeping  # not cancelled: a write that is under way must not meet another one
         if ingress.stats()["num_sessions"]:
             await asyncio.sleep(LAST_WORDS_S)
 

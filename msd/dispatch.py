@@ -23,7 +23,6 @@ from msd.core.shadow import ATTEMPT as SHADOW_ATTEMPT
 from msd.domain import Chunk, EngineInfo, EngineLoad, ExitKind, FinishReason, Prompt, Request, Residence, Result
 from msd.egress import TOKEN_BYTES, Egress
 from msd.engine.pool import Pool
-from msd.errors import MsdError
 from msd.gate import Withdrawal
 from msd.ingress.accept import Acceptor, RefusedSubmitError
 from msd.journal.decision_log import DecisionLog
@@ -160,10 +159,7 @@ class Dispatcher:
                     capital=round(gone.capital, 1),
                     remedy="it serves this task again when `msd gate` has certified it anew",
                 )
-                try:
-                    self._on_withdrawn(gone)
-                except MsdError as error:  # it holds for this run all the same
-                    _log.error("withdrawal_not_kept", mode=gone.mode, task=gone.task, error=str(error))
+                self._on_withdrawn(gone)
             case c.Transit():
                 self.pool.transit(command.engine, command.to)
             case c.Reject():

@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Sequence
 from os import SEEK_END, fsync
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import structlog
-from msgspec import Struct, structs
+from msgspec import Meta, Struct, structs
 
 from msd.errors import ConfigError
 from msd.files import sync_folder, write_whole
@@ -80,6 +80,60 @@ class Withdrawal(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Mean over the pairs (-1..1)."""
     capital: float
     """The evidence: 1 / quality.alpha was enough."""
+
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Tried(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A live trial under way, as it is kept beyond the process: its bets (`core/trial.py`) and what it has counted."""
+
+    mode: str
+    recipe: str
+    task: str
+    capital: Annotated[float, Meta(ge=0, le=1e12)]
+    mean: Share
+    variance: Share
+    weight: Annotated[float, Meta(ge=1)]
+    num_scored: Count
+    sum_difference: float
+    num_unscored: Count
+    num_disagree: Count
+
+
+class Trials(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All live trials against one gate file, at one delta."""
+
+    schema: int
+    gate: str
+    delta: float
+    trials: tuple[Tried, ...]
+
+
+def load_trials(file: Path, gate: GateFile, delta: float) -> tuple[Tried, ...]:
+    """What live trials had found when msd stopped. A file that is damaged or about something else is left aside."""
+    try:
+        kept = msgspec.json.decode(file.read_bytes(), type=Trials)
+    except FileNotFoundError:
+        return ()
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        _log.warning("trials_ignored", file=str(file), why=str(error))
+        return ()
+    if (kept.schema, kept.gate, kept.delta) != (SCHEMA, gate.checksum, delta):
+        _log.warning("trials_ignored", file=str(file), why="they were against another gate file or quality.delta")
+        return ()
+    return kept.trials
+
+
+def keep_trials(file: Path, gate: GateFile, delta: float, trials: Sequence[Tried]) -> None:
+    """Keep them beyond the process, whole or not at all. Raises ConfigError."""
+    try:
+        file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}", remedy="set daemon.state_dir") from error
+    kept = Trials(schema=SCHEMA, gate=gate.checksum, delta=delta, trials=tuple(trials))
+    write_whole(file, msgspec.json.encode(kept) + b"\n", "live trials", "set daemon.state_dir")
 
 
 def checksum(gate: GateFile) -> str:

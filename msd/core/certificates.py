@@ -59,7 +59,7 @@ class Certificates:
         """As they were given, with the references marked."""
         self.reference = references.home
         """The mode that others are compared with; -1 when there is none here."""
-        self._recipes = [known.get(mode.name, "") for mode in modes]
+        self.recipes = [known.get(mode.name, "") for mode in modes]
         self._rows = {(row.recipe, row.task): row for row in gate.rows} if gate is not None else {}
         self._measured = {row.mode for row in gate.rows} if gate is not None else set()
         self.tasks = sorted({row.task for row in gate.rows} - {ALL_TASKS}) if gate is not None else []
@@ -69,7 +69,7 @@ class Certificates:
         self._misfit = self._find_misfit()
         self._withdrawn: dict[tuple[int, str], Withdrawal] = {}
         for one in withdrawn:
-            for arm, recipe in enumerate(self._recipes):
+            for arm, recipe in enumerate(self.recipes):
                 if gate is not None and one.gate == gate.checksum and one.recipe == recipe:
                     self._withdrawn[arm, one.task] = one
 
@@ -104,7 +104,7 @@ class Certificates:
             return Certificate("unmeasured", f"not measured: there is no gate file ({REMEDY})")
         if self._misfit:
             return Certificate("unmeasured", self._misfit)
-        row = self._rows.get((self._recipes[arm], task or ALL_TASKS))
+        row = self._rows.get((self.recipes[arm], task or ALL_TASKS))
         if row is None:
             return Certificate("unmeasured", self._unmeasured(arm, task))
         on = _on(row.task)
@@ -152,7 +152,7 @@ class Certificates:
         here = {mode.name for mode in self.modes}
         notes = dict[str, str]()
         for row in self._gate.rows:
-            if row.recipe in self._recipes:
+            if row.recipe in self.recipes:
                 continue
             known = row.mode in here
             notes[row.mode] = f"{row.mode}: " + (
@@ -186,7 +186,7 @@ class Certificates:
         assert self._gate is not None, "nothing to withdraw"
         made = Withdrawal(
             mode=self.modes[arm].name,
-            recipe=self._recipes[arm],
+            recipe=self.recipes[arm],
             task=task,
             gate=self._gate.checksum,
             num_pairs=num_pairs,
@@ -201,7 +201,7 @@ class Certificates:
     def _find_misfit(self) -> str:
         """Why the whole gate file says nothing about these modes; empty when it does."""
         gate = self._gate
-        if gate is None or self.reference < 0 or self._recipes[self.reference] == gate.reference_recipe:
+        if gate is None or self.reference < 0 or self.recipes[self.reference] == gate.reference_recipe:
             return ""
         name = self.modes[self.reference].name
         return f"the gate file compares with another recipe than {name}'s ({REMEDY})"
@@ -222,14 +222,14 @@ class Certificates:
         gate = self._gate
         if gate is None or self._misfit:
             return None
-        found = self._rows.get((self._recipes[arm], task or ALL_TASKS))
+        found = self._rows.get((self.recipes[arm], task or ALL_TASKS))
         mode = self.modes[arm]
         if found is None and mode.lossless and mode.model == self._home:
             found = self._rows.get((gate.reference_recipe, task or ALL_TASKS))
         return found
 
     def _unmeasured(self, arm: int, task: str | None) -> str:
-        recipe = self._recipes[arm]
+        recipe = self.recipes[arm]
         if any(known == recipe for known, _ in self._rows):
             return "not measured on requests without a task" if task is None else f"not measured on task {task!r}"
         if self.modes[arm].name in self._measured:
@@ -246,7 +246,7 @@ class Certificates:
 
     def _revoked_somewhere(self, arm: int) -> GateRow | None:
         for task in self.tasks:
-            row = self._rows.get((self._recipes[arm], task))
+            row = self._rows.get((self.recipes[arm], task))
             if row is not None and row.verdict == "revoked":
                 return row
         return None

@@ -7,6 +7,8 @@ the conservation, its energy is waste. The share is kept per mode and task by co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 
 from msd.config import QualityConfig
@@ -16,7 +18,7 @@ from msd.core.entry import Entry
 from msd.core.events import QualityJudged
 from msd.core.fleet import Fleet
 from msd.core.trial import Trial
-from msd.gate import ALL_TASKS, GateRow, Withdrawal
+from msd.gate import ALL_TASKS, GateRow, Tried, Withdrawal
 
 AT_ONCE = 4
 CREDIT_MOST = 2.0
@@ -145,6 +147,23 @@ class Shadows:
             return None
         difference = trial.sum_difference / trial.num_scored
         return self._certificates.withdraw(arm, task, trial.num_scored, difference, trial.capital)
+
+    def dump(self) -> tuple[Tried, ...]:
+        """Every trial, for another process to go on with."""
+        recipes = self._certificates.recipes
+        return tuple(
+            trial.dump(self._fleet.books[arm].name, recipes[arm], task) for (arm, task), trial in self._trials.items()
+        )
+
+    def load(self, tried: Sequence[Tried]) -> None:
+        """Go on with the trials of an earlier process: of the mode of that name, if it has that recipe still."""
+        recipes = self._certificates.recipes
+        arms = {(book.name, recipes[arm]): arm for arm, book in enumerate(self._fleet.books)}
+        for one in tried:
+            arm = arms.get((one.mode, one.recipe))
+            if arm is not None:
+                trial = self._trials[arm, one.task] = Trial(self._config.delta, self._config.alpha)
+                trial.load(one)
 
     def take_doubts(self) -> list[Doubt]:
         """Modes that agree less than at the gate where nothing can be scored; of each mode and task once."""

@@ -11,6 +11,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from msd.gate import Tried
+
 _PRIOR_WEIGHT = 20.0
 _PRIOR_VARIANCE = 0.0125
 _SUSPICION_WEIGHT = 500.0
@@ -26,7 +28,7 @@ _CAPITAL_MOST = 1e12
 class Bettor:
     """Bets, value by value, that the mean of values in [0, 1] lies on one side of a bound."""
 
-    __slots__ = ("_bound", "_mean", "_sign", "_stake_most", "_variance", "_weight", "capital")
+    __slots__ = ("_bound", "_sign", "_stake_most", "capital", "mean", "variance", "weight")
 
     def __init__(
         self, bound: float, side: Literal["above", "below"], mean: float = 0.5, weight: float = _PRIOR_WEIGHT
@@ -36,27 +38,27 @@ class Bettor:
         self._bound = bound
         self._sign = 1.0 if side == "above" else -1.0
         self._stake_most = 0.5 / bound if side == "above" else 0.5 / (1 - bound)
-        self._mean = mean
-        self._variance = _PRIOR_VARIANCE
-        self._weight = weight
+        self.mean = mean
+        self.variance = _PRIOR_VARIANCE
+        self.weight = weight
         self.capital = 1.0
 
     def add(self, value: float) -> float:
         """Take the next value; returns the factor by which the capital changed."""
-        gap = self._sign * (self._mean - self._bound)
+        gap = self._sign * (self.mean - self._bound)
         factor = 1.0
         if gap > 0:
-            stake = gap / (self._variance + gap * gap)
+            stake = gap / (self.variance + gap * gap)
             if stake > self._stake_most:
                 stake = self._stake_most
             factor = 1 + stake * self._sign * (value - self._bound)
             capital = self.capital * factor
             self.capital = capital if capital < _CAPITAL_MOST else _CAPITAL_MOST
-        if self._weight < _MEMORY_PAIRS:
-            self._weight += 1
-        off = value - self._mean
-        self._mean += off / self._weight
-        self._variance += (off * (value - self._mean) - self._variance) / self._weight
+        if self.weight < _MEMORY_PAIRS:
+            self.weight += 1
+        off = value - self.mean
+        self.mean += off / self.weight
+        self.variance += (off * (value - self.mean) - self.variance) / self.weight
         return factor
 
 
@@ -132,6 +134,32 @@ class Trial:
             return False
         self.is_over = True
         return True
+
+    def dump(self, mode: str, recipe: str, task: str) -> Tried:
+        """All of it, to go on in another process."""
+        score = self._score
+        return Tried(
+            mode=mode,
+            recipe=recipe,
+            task=task,
+            capital=score.capital,
+            mean=score.mean,
+            variance=score.variance,
+            weight=score.weight,
+            num_scored=self.num_scored,
+            sum_difference=self.sum_difference,
+            num_unscored=self.num_unscored,
+            num_disagree=self.num_disagree,
+        )
+
+    def load(self, tried: Tried) -> None:
+        """Go on from there."""
+        score = self._score
+        score.capital, score.mean, score.variance, score.weight = (
+            tried.capital, tried.mean, tried.variance, tried.weight,
+        )  # fmt: skip
+        self.num_scored, self.sum_difference = tried.num_scored, tried.sum_difference
+        self.num_unscored, self.num_disagree = tried.num_unscored, tried.num_disagree
 
     def count(self, agrees: bool) -> None:
         """Take a pair that cannot be scored: whether both said the same."""

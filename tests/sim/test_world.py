@@ -184,6 +184,10 @@ class MovesAnEngineTwice(Scheduler):
         return [*commands, *(command for command in commands if isinstance(command, c.Transit))]
 
 
+MUTANT_REQUESTS = 800
+"""Enough for a mode to be withdrawn, and for requests after it."""
+
+
 class ForgetsWhatWasWithdrawn(Scheduler):
     def _remask(self, t_us: int) -> None:
         """Go on as before."""
@@ -228,10 +232,10 @@ def make(mutant: type[Scheduler], config: Config, rng: Random) -> Scheduler:
     ],
 )
 def test_a_mutant_is_caught(mutant: type[Scheduler], caught_by: str) -> None:
-    report = run_world(6, NUM_REQUESTS, weather=STORM, make_scheduler=partial(make, mutant))
+    report = run_world(6, MUTANT_REQUESTS, weather=STORM, make_scheduler=partial(make, mutant))
     assert caught_by in broken(report), broken(report)
     assert report.last_events, "the story before the violation is missing"
-    assert broken(run_world(6, NUM_REQUESTS, weather=STORM)) == {}, "the world breaks without the mutant too"
+    assert broken(run_world(6, MUTANT_REQUESTS, weather=STORM)) == {}, "the world breaks without the mutant too"
 
 
 @pytest.mark.parametrize("seed", [3, 19, 84])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -320,6 +322,39 @@ def test_the_daemon_says_at_its_start_which_modes_are_kept_back_and_why(folder: 
     ]
     assert daemon._gated == "kept back by quality: m1"
     assert scheduler.certificates.reference == 0
+
+
+def test_the_daemon_keeps_what_live_pairs_found_and_takes_it_up(folder: Path) -> None:
+    fingerprint.cache_clear()
+    config = parse(REAL + '[quality]\ngate = "gate.json"\n', file="config.toml", base_dir=folder, look_at_gate=False)
+    recipe = recipe_hashes(config, folder)["m1"]
+    signed = gate.write(folder / "gate.json", gate_of({}))
+    tried = gate.Tried(
+        mode="m1", recipe=recipe, task="copy", capital=3.5, mean=0.48, variance=0.01, weight=520.0, num_scored=20,
+        sum_difference=-2.0, num_unscored=7, num_disagree=1,
+    )  # fmt: skip
+    gate.keep_trials(folder / "state" / "trials.json", signed, config.quality.delta, [tried])
+
+    async def live() -> Daemon:
+        daemon = Daemon(config, folder)
+        scheduler = daemon._scheduler(None)
+        assert scheduler.shadows.dump() == (tried,)
+        trial = scheduler.shadows.trial(1, "copy")
+        assert trial is not None
+        trial.add(-1.0)
+        daemon._dispatcher = SimpleNamespace(scheduler=scheduler)  # type: ignore[assignment]
+        keeping = asyncio.create_task(daemon._keep_evidence())
+        daemon._on_withdrawn(msgspec.structs.replace(WITHDRAWAL, recipe=recipe, gate=signed.checksum))
+        assert not (folder / "state" / "withdrawn.jsonl").exists(), "written off the loop"
+        daemon._keeps = False
+        await asyncio.wait_for(keeping, 10)
+        return daemon
+
+    asyncio.run(live())
+    assert [gone.task for gone in gate.load_withdrawals(folder / "state" / "withdrawn.jsonl")] == ["copy"]
+    (kept,) = Daemon(config, folder)._scheduler(None).shadows.dump()
+    assert (kept.num_scored, kept.sum_difference) == (21, -3.0)
+    assert kept.capital > 3.5
 
 
 def test_the_daemon_remembers_what_it_withdrew(folder: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from msd.core import commands as c
 from msd.core import events as e
 from msd.domain import CounterReading
+from msd.gate import keep_trials, load_trials
 from tests.unit.core_world import CoreWorld, gate_of, make_config
 
 PASSED = gate_of({"m1": {"copy": "certified", "sort": "certified", "*": "certified"}})
@@ -196,6 +201,51 @@ def test_an_equal_mode_keeps_its_certificate_on_free_text() -> None:
         ("m1", "copy", 1.0)
     ]
     assert not world.scheduler.shadows.take_doubts(), "it is said once"
+
+
+def test_a_trial_goes_on_in_another_process_where_it_stopped(tmp_path: Path) -> None:
+    def losing(world: CoreWorld, num: int) -> int:
+        """Pairs of which each fifth is lost, until the mode is withdrawn."""
+        for number in range(num):
+            serve(world)
+            judge(world, world.of(c.Shadow)[-1], -1.0 if number % 5 == 0 else 0.0)
+            if world.of(c.Withdraw):
+                return number + 1
+        return num
+
+    whole = losing(world_of(), 500)
+    assert 20 < whole < 500
+    first, second = world_of(), world_of()
+    losing(first, 20)
+    keep_trials(tmp_path / "state" / "trials.json", PASSED, 0.015, first.scheduler.shadows.dump())
+    second.scheduler.shadows.load(load_trials(tmp_path / "state" / "trials.json", PASSED, 0.015))
+    assert second.scheduler.shadows.dump() == first.scheduler.shadows.dump()
+    assert losing(second, 500) == whole - 20
+    told = second.of(c.Withdraw)[0].withdrawal
+    assert told.num_pairs == whole
+
+
+def test_a_trial_of_another_recipe_is_not_taken_up() -> None:
+    first, second = world_of(), world_of()
+    serve(first)
+    judge(first, first.of(c.Shadow)[-1], -1.0)
+    (tried,) = first.scheduler.shadows.dump()
+    second.scheduler.shadows.load([msgspec.structs.replace(tried, recipe="changed")])
+    assert second.scheduler.shadows.trial(1, "copy") is None
+
+
+def test_a_torn_or_foreign_file_of_trials_is_ignored_with_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "trials.json"
+    assert load_trials(file, PASSED, 0.015) == ()
+    keep_trials(file, PASSED, 0.015, [])
+    whole = file.read_bytes()
+    other = msgspec.structs.replace(PASSED, checksum="measured again")
+    for content, gate, delta in ((whole[:-9], PASSED, 0.015), (b"\xff", PASSED, 0.015), (whole, other, 0.015),
+                                 (whole, PASSED, 0.03)):  # fmt: skip
+        file.write_bytes(content)
+        with capture_logs() as logged:
+            assert load_trials(file, gate, delta) == ()
+        assert [line["event"] for line in logged] == ["trials_ignored"]
 
 
 def test_no_doubt_where_answers_agree_as_at_the_gate() -> None:
