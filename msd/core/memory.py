@@ -7,6 +7,7 @@ known, as on a host without a GPU, there is no budget and every set fits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from msgspec import Struct
 
@@ -16,6 +17,10 @@ from msd.profile import ModeProfile
 
 UTILISATION = 0.92
 """Share of a GPU that a vLLM engine takes unless its arguments say otherwise (`gpu_memory_utilization`, vLLM 0.32)."""
+
+
+Origin = Literal["gpu_bytes", "profile", "sim.weights_bytes", "estimate", "utilisation", "none"]
+"""Where a figure comes from: the configuration, `msd profile`, its files, the share of the GPU that vLLM fills."""
 
 
 class Need(Struct, frozen=True):
@@ -48,20 +53,59 @@ class Budget(Struct, frozen=True):
         return available is None or gpu_bytes <= available
 
 
-def need_of(engine: EngineConfig, profile: ModeProfile | None, total_bytes: int | None, sleep_level: int = 1) -> Need:
-    """An engine's need: as configured, else as profiled, else what its kind takes by itself.
+def gpu_bytes_of(
+    engine: EngineConfig,
+    profile: ModeProfile | None,
+    total_bytes: int | None,
+    reserve_bytes: int = 0,
+    estimated_bytes: int = 0,
+) -> tuple[int, Origin]:
+    """What an engine takes on the GPU while it is resident, for the planner and for `msd check` alike.
+
+    As configured, else as profiled, else what its kind takes by itself. `estimated_bytes`: by its files, 0 = unknown.
+    """
+    if engine.gpu_bytes:
+        return engine.gpu_bytes, "gpu_bytes"
+    if profile is not None and profile.gpu_bytes:
+        return profile.gpu_bytes, "profile"
+    if engine.kind == "sim":
+        return engine.sim.weights_bytes, "sim.weights_bytes"
+    if engine.kind != "vllm":
+        return 0, "none"
+    is_bounded = bool(estimated_bytes) and "kv_cache_memory_bytes" in engine.args
+    if total_bytes is not None and not is_bounded:
+        # Without a size for its KV cache, vLLM fills a share of the whole memory. Not more than there is room: the
+        # reserve alone is no reason to refuse an engine that has the GPU to itself.
+        filled_bytes = min(total_bytes - reserve_bytes, int(total_bytes * utilisation(engine)))
+        if filled_bytes > estimated_bytes:
+            return filled_bytes, "utilisation"
+    return estimated_bytes, "estimate" if estimated_bytes else "none"
+
+
+def utilisation(engine: EngineConfig) -> float:
+    """Share of the GPU that a vLLM engine fills."""
+    told = engine.args.get("gpu_memory_utilization", UTILISATION)
+    return told if isinstance(told, float | int) else UTILISATION
+
+
+def need_of(
+    engine: EngineConfig,
+    profile: ModeProfile | None,
+    total_bytes: int | None,
+    sleep_level: int = 1,
+    *,
+    reserve_bytes: int = 0,
+    estimated_bytes: int = 0,
+) -> Need:
+    """An engine's need, awake and asleep.
 
     A sleeping engine's weights lie in host memory at level 1: all that is not KV cache, where that is known.
     """
-    gpu_bytes = engine.gpu_bytes or (profile.gpu_bytes if profile is not None else 0)
+    gpu_bytes, _ = gpu_bytes_of(engine, profile, total_bytes, reserve_bytes, estimated_bytes)
     if engine.kind == "sim":
-        weights_bytes = engine.sim.weights_bytes
-        return Need(gpu_bytes or weights_bytes, 0, weights_bytes if sleep_level == 1 else 0)
+        return Need(gpu_bytes, 0, engine.sim.weights_bytes if sleep_level == 1 else 0)
     if engine.kind != "vllm":
         return Need(gpu_bytes)
-    if not gpu_bytes and total_bytes is not None:
-        told = engine.args.get("gpu_memory_utilization", UTILISATION)
-        gpu_bytes = int(total_bytes * (told if isinstance(told, float | int) else UTILISATION))
     asleep_gpu_bytes = min(gpu_bytes, profile.asleep_bytes if profile is not None else 0)
     kv_bytes = engine.args.get("kv_cache_memory_bytes", 0)
     host_bytes = gpu_bytes - asleep_gpu_bytes - (kv_bytes if isinstance(kv_bytes, int) else 0)

@@ -23,7 +23,7 @@ choice it does not leave while a request runs there that was moved before and ha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, islice
 from math import ceil, sqrt
 
@@ -146,11 +146,13 @@ class Residency:
         *,
         profile: Profile | None = None,
         total_bytes: int | None = None,
+        estimated_bytes: Mapping[str, int] | None = None,
     ) -> None:
         """`safe_modes(model)`: bit set of the modes that may serve a request of unknown task.
 
         `evict(engine)`: abort what runs there and send it elsewhere; returns how many. `waiting`: the modes allowed
         (bit sets) of each request that waits. `total_bytes`: the GPU's memory, where it is known without a view.
+        `estimated_bytes`: what each engine takes there by its files, where that is known.
         """
         self._config = config
         self._cost = cost
@@ -159,6 +161,7 @@ class Residency:
         self._evict = evict
         self._waiting = waiting
         self._total_bytes = total_bytes
+        self._estimated_bytes = estimated_bytes or {}
         self._profile = profile
         self._engines = engines
         self._autos: list[_Auto] = []
@@ -801,18 +804,27 @@ class Residency:
         total_bytes = self._total_bytes
         if view is not None and view.memory_total_bytes is not None:
             total_bytes = view.memory_total_bytes
-        level = self._config.sleep_level
         for auto in self._autos:
-            auto.need = need_of(auto.config, auto.profile, total_bytes, level)
+            auto.need = self._need(auto.config, auto.profile, total_bytes)
         always_bytes = 0
         for engine in self._engines:
             if engine.residency == "always":
                 profile = self._profile.of(engine.name) if self._profile is not None else None
-                always_bytes += need_of(engine, profile, total_bytes, level).gpu_bytes
+                always_bytes += self._need(engine, profile, total_bytes).gpu_bytes
         booked = self._gpu_bytes(self._present() & ~self._dead()) if counted else 0
         settled = view is not None and counted and view.t_us > max(self._settled_us, self._left_us) and not self._dead()
         return budget_of(
             view, total_bytes, self._config.reserve_bytes, self._config.max_asleep_bytes, booked, always_bytes, settled
+        )
+
+    def _need(self, engine: EngineConfig, profile: ModeProfile | None, total_bytes: int | None) -> Need:
+        return need_of(
+            engine,
+            profile,
+            total_bytes,
+            self._config.sleep_level,
+            reserve_bytes=self._config.reserve_bytes,
+            estimated_bytes=self._estimated_bytes.get(engine.name, 0),
         )
 
     def _waiting_by(self, classes: list[Class]) -> list[int]:

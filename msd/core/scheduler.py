@@ -144,11 +144,12 @@ class Scheduler:
         recipes: Mapping[str, str] | None = None,
         withdrawn: Sequence[Withdrawal] = (),
         profile: Profile | None = None,
+        estimated_bytes: Mapping[str, int] | None = None,
     ) -> Scheduler:
         """A scheduler over the engines of `config`, each a mode. Raises ConfigError for an unknown policy or mode.
 
         `recipes`: hash of each engine's recipe (`msd.recipe.recipe_hashes`), by which `gate` knows them; `withdrawn`:
-        what earlier runs of the daemon took away from it.
+        what earlier runs of the daemon took away from it; `estimated_bytes`: GPU memory of each engine by its files.
         """
         modes = [(mode_of(engine), engine.max_num_seqs, longest_context(engine)) for engine in config.engine]
         weights = {tenant.name: tenant.weight for tenant in config.tenant}
@@ -167,10 +168,12 @@ class Scheduler:
             made.fleet.profiled(profile)
             made.ledger.fitted(coefficients_of(profile))
         if any(engine.residency == "auto" for engine in config.engine):
-            made._plan_residency(config, profile)
+            made._plan_residency(config, profile, estimated_bytes)
         return made
 
-    def _plan_residency(self, config: Config, profile: Profile | None) -> None:
+    def _plan_residency(
+        self, config: Config, profile: Profile | None, estimated_bytes: Mapping[str, int] | None
+    ) -> None:
         """Have the engines that may move brought and sent away by plan."""
         simulated = any(engine.kind == "sim" for engine in config.engine)
         self.residency = Residency(
@@ -183,6 +186,7 @@ class Scheduler:
             lambda: (entry.eligible for entry in self.queue.entries()),
             profile=profile,
             total_bytes=config.telemetry.sim_memory_bytes if simulated else None,
+            estimated_bytes=estimated_bytes,
         )
 
     # --- what others may look at ---------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from typing import Any
 from msgspec import Struct
 
 from msd.config import Config, EngineConfig
+from msd.core.memory import gpu_bytes_of, utilisation
 from msd.profile import Profile
 
 OVERHEAD_BYTES = 1_500_000_000
 """CUDA context, graphs and activations. 2 to 3 GB are usual for an 8 B model, less for small ones."""
-UTILISATION = 0.9
-"""vLLM's default `gpu_memory_utilization` up to 0.26; later ones take a little more."""
 HALVED = ("fp8", "int8")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -39,18 +38,35 @@ class Unfit(Struct, frozen=True, kw_only=True):
     message: str
 
 
-def need(engine: EngineConfig, config: Config, base_dir: Path, profile: Profile | None = None) -> Need:
-    """GPU memory of the engine while it is resident. 0 when nothing is known of it."""
-    if engine.gpu_bytes:
-        return Need(engine=engine.name, num_bytes=engine.gpu_bytes, origin="gpu_bytes")
-    if engine.kind == "sim":
-        return Need(engine=engine.name, num_bytes=engine.sim.weights_bytes, origin="sim.weights_bytes")
+def need(
+    engine: EngineConfig, config: Config, base_dir: Path, device_bytes: int, profile: Profile | None = None
+) -> Need:
+    """GPU memory of the engine while it is resident, as the planner goes by it. 0 when nothing is known of it."""
+    estimate = _estimate(engine, config, base_dir) if engine.kind == "vllm" else _nothing(engine)
     measured = profile.of(engine.name) if profile is not None else None
-    if measured is not None and measured.gpu_bytes:
-        return Need(engine=engine.name, num_bytes=measured.gpu_bytes, origin="measured by msd profile")
-    if engine.kind != "vllm":
-        return Need(engine=engine.name, num_bytes=0, origin="none")
-    return _estimate(engine, config, base_dir)
+    num_bytes, origin = gpu_bytes_of(engine, measured, device_bytes, config.residency.reserve_bytes, estimate.num_bytes)
+    match origin:
+        case "estimate":
+            return estimate
+        case "profile":
+            told = "measured by msd profile"
+        case "utilisation" if "kv_cache_memory_bytes" in engine.args:
+            return _nothing(engine)  # its weights are not here: the planner takes what vLLM would at most
+        case "utilisation":
+            told = (
+                f"gpu_memory_utilization {utilisation(engine)} of the whole; args.kv_cache_memory_bytes would bound it"
+            )
+        case _:
+            told = origin
+    return Need(engine=engine.name, num_bytes=num_bytes, origin=told)
+
+
+def estimates(config: Config, base_dir: Path) -> dict[str, int]:
+    """What each engine will take by its files, for the planner; those of which nothing is known are left out."""
+    made = {
+        engine.name: _estimate(engine, config, base_dir).num_bytes for engine in config.engine if engine.kind == "vllm"
+    }
+    return {name: num_bytes for name, num_bytes in made.items() if num_bytes}
 
 
 def unfit(
@@ -65,7 +81,7 @@ def unfit(
     has = f"{device} has {gb(device_bytes)}, of which {gb(reserve)} stay free (residency.reserve_bytes)"
     always: list[Need] = []
     for index, engine in enumerate(config.engine):
-        wants = _claim(engine, need(engine, config, base_dir, profile), device_bytes, room)
+        wants = need(engine, config, base_dir, device_bytes, profile)
         if not wants.num_bytes:
             continue
         says = f"{wants.engine} {gb(wants.num_bytes)} ({wants.origin})"
@@ -83,17 +99,8 @@ def unfit(
             always.append(wants)
 
 
-def _claim(engine: EngineConfig, wants: Need, device_bytes: int, room: int) -> Need:
-    """What the engine takes on this GPU: without a size for its KV cache, vLLM fills a share of the whole memory."""
-    if engine.kind != "vllm" or engine.gpu_bytes or "kv_cache_memory_bytes" in engine.args:
-        return wants
-    share = engine.args.get("gpu_memory_utilization", UTILISATION)
-    # Not more than there is room: the reserve alone is no reason to refuse an engine that has the GPU to itself.
-    filled = min(room, int(device_bytes * share)) if isinstance(share, int | float) else 0
-    if wants.num_bytes >= filled:
-        return wants
-    origin = f"gpu_memory_utilization {share} of the whole; args.kv_cache_memory_bytes would bound it"
-    return Need(engine=engine.name, num_bytes=filled, origin=origin)
+def _nothing(engine: EngineConfig) -> Need:
+    return Need(engine=engine.name, num_bytes=0, origin="unknown")
 
 
 def _estimate(engine: EngineConfig, config: Config, base_dir: Path) -> Need:
@@ -101,7 +108,7 @@ def _estimate(engine: EngineConfig, config: Config, base_dir: Path) -> Need:
     folder = engine.weights or (model.path if model is not None else "")
     weights = file_bytes(base_dir / folder) if folder else 0
     if not weights:
-        return Need(engine=engine.name, num_bytes=0, origin="unknown")
+        return _nothing(engine)
     if engine.precision in HALVED and not engine.weights:
         weights //= 2  # 16-bit files, quantised while they are loaded
     draft = file_bytes(base_dir / engine.draft) if engine.draft else 0

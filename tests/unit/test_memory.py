@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msd.config import EngineConfig, SimEngineConfig
+from msd.config import Config, EngineConfig, SimEngineConfig
 from msd.core.memory import UTILISATION, Budget, Need, budget_of, maximal_sets, need_of, put_away
 from msd.domain import GpuView
-from msd.profile import ModeProfile
+from msd.engine.memory import estimates, need
+from msd.profile import SCHEMA as PROFILE
+from msd.profile import ModeProfile, Profile
 
 GB = 10**9
 
@@ -34,6 +39,54 @@ def test_configured_bytes_win_over_the_profile_and_the_profile_over_vllms_defaul
     assert need_of(engine, None, 100 * GB).gpu_bytes == int(UTILISATION * 100 * GB)
     engine = EngineConfig(name="m", model="x", args={"gpu_memory_utilization": 0.25})
     assert need_of(engine, None, 100 * GB).gpu_bytes == 25 * GB
+
+
+def test_a_size_for_the_kv_cache_bounds_an_engine_and_the_reserve_is_not_filled() -> None:
+    bounded = EngineConfig(name="m", model="x", args={"kv_cache_memory_bytes": 3 * GB})
+    assert need_of(bounded, None, 80 * GB, estimated_bytes=10 * GB).gpu_bytes == 10 * GB
+    assert need_of(bounded, None, 80 * GB).gpu_bytes == int(UTILISATION * 80 * GB), "nothing is known of its weights"
+    free = EngineConfig(name="m", model="x")
+    assert need_of(free, None, 80 * GB, estimated_bytes=10 * GB).gpu_bytes == int(UTILISATION * 80 * GB)
+    assert need_of(free, None, 8 * GB, reserve_bytes=GB).gpu_bytes == 7 * GB
+    assert need_of(free, None, None, estimated_bytes=10 * GB).gpu_bytes == 10 * GB
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"gpu_bytes": 7 * GB},
+        {"args": {"kv_cache_memory_bytes": 3 * GB}},
+        {"args": {"gpu_memory_utilization": 0.25}},
+        {"kind": "sim", "sim": {"weights_bytes": 4 * GB}},
+        {"kind": "noop"},
+    ],
+)
+@pytest.mark.parametrize("is_profiled", [False, True])
+def test_the_planner_goes_by_what_msd_check_says(told: dict[str, object], is_profiled: bool, tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    with (tmp_path / "toy" / "model.safetensors").open("wb") as file:
+        file.truncate(2 * GB)
+    config = msgspec.convert(
+        {"model": [{"name": "toy", "path": "toy"}], "engine": [{"name": "m", "model": "toy", **told}]}, Config
+    )
+    profile = None
+    if is_profiled:
+        profile = Profile(
+            schema=PROFILE, created="", command="", device="", engine_version="", source="measured", idle_w=None,
+            modes=(profiled(9, 1),),
+        )  # fmt: skip
+    engine = config.engine[0]
+    said = need(engine, config, tmp_path, 80 * GB, profile)
+    planned = need_of(
+        engine,
+        profile.of("m") if profile is not None else None,
+        80 * GB,
+        reserve_bytes=config.residency.reserve_bytes,
+        estimated_bytes=estimates(config, tmp_path).get("m", 0),
+    )
+    assert planned.gpu_bytes == said.num_bytes
+    assert (said.num_bytes > 0) == (engine.kind != "noop" or is_profiled)
 
 
 def test_a_sleeping_engine_keeps_its_context_on_the_gpu_and_its_weights_in_host_memory() -> None:

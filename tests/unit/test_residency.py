@@ -273,6 +273,24 @@ def test_who_sheds_memory_takes_nobody_in_while_all_can_be_served() -> None:
     assert set(world.planner.history[0].after) < set(present)
 
 
+def test_engines_whose_size_their_files_tell_share_the_gpu() -> None:
+    engines: dict[str, dict[str, object]] = {
+        f"m{i}": {"kind": "vllm", "residency": "auto", "args": {"kv_cache_memory_bytes": GB}} for i in range(2)
+    }
+    config = make_config(policy="cost", engines=engines)
+
+    def first(estimated_bytes: dict[str, int]) -> tuple[str, ...]:
+        scheduler = Scheduler.from_config(config, Random(1), estimated_bytes=estimated_bytes)
+        assert scheduler.residency is not None
+        view = GpuView(t_us=1, memory_total_bytes=80 * GB, memory_used_bytes=0, memory_free_bytes=80 * GB)
+        scheduler.handle(e.ViewTaken(1, view))
+        scheduler.handle(e.Tick(2))
+        return scheduler.residency.first
+
+    assert first({"m0": 10 * GB, "m1": 10 * GB}) == ("m0", "m1")
+    assert len(first({})) == 1, "else each is taken for nearly the whole"
+
+
 def test_the_first_plan_holds_a_mode_of_the_best_quality() -> None:
     world = World(5.0, 6.0, 30.0, qualities=(0.5, 0.5, 0.95))
     world.wait(10)
