@@ -128,7 +128,7 @@ def draw(rng: Random, num_requests: int) -> Weather:
         emit_interval_ms=rng.uniform(20.0, 120.0),
         tick_s=rng.uniform(0.02, 0.05),
         max_waiting=rng.choice((20, 100, 20_000)),
-        policy=rng.choice(("cost", "cost", "cost", "cost", "rules", "round_robin", "fixed", "random")),
+        policy=rng.choice(("cost", "cost", "cost", "least_loaded", "rules", "round_robin", "fixed", "random")),
         memory_for=rng.choice((0, 0, 1, 2)),
         prefix_share=maybe(0.8),
         shadow_share=rng.choice((0.0, 0.0, 0.1, 1.0)),
