@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import exp, sqrt
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 FAST_S, SLOW_S = 30.0, 300.0
 MAX_CLASSES = 12
@@ -30,17 +30,19 @@ class Class(Struct, frozen=True):
     num_output_tokens: float
     eligible: int
     """Bit set of the modes that may serve it."""
+    silent_s: float = 0.0
+    """How long none has come."""
 
 
 class _Sums:
     """Of one class since the last fold, and its averages."""
 
-    __slots__ = ("eligible", "fast", "num", "num_output", "num_prompt", "output", "prompt", "slow")
+    __slots__ = ("eligible", "fast", "num", "num_output", "num_prompt", "output", "prompt", "silent_s", "slow")
 
     def __init__(self, eligible: int) -> None:
         self.eligible = eligible
         self.num = self.prompt = self.output = 0
-        self.fast = self.slow = 0.0
+        self.fast = self.slow = self.silent_s = 0.0
         self.num_prompt = self.num_output = 0.0
 
 
@@ -93,6 +95,7 @@ class Demand:
         classes = []
         for key, sums in list(self._sums.items()):
             rate = sums.num / span_s
+            sums.silent_s = 0.0 if sums.num else sums.silent_s + span_s
             sums.fast += fast_gain * (rate - sums.fast)
             sums.slow += slow_gain * (rate - sums.slow)
             if sums.num:
@@ -110,6 +113,7 @@ class Demand:
                     sums.num_prompt,
                     sums.num_output,
                     sums.eligible,
+                    sums.silent_s,
                 )
             )
         classes.sort(key=_work, reverse=True)
@@ -128,6 +132,23 @@ class Demand:
         self._slow += slow_gain * (rate - self._slow)
         swing = sqrt(max(0.0, self._variance * slow_weight)) / self._slow if self._slow else 0.0
         self.swing = min(1.0, swing) if swing >= _CALM else 0.0
+
+
+def hushed(classes: list[Class], modes: int) -> list[Class]:
+    """The same, but what these modes serve comes at most once in as long as none of it has come.
+
+    The average of a stream that has stopped says for minutes that it goes on.
+    """
+    served = [traffic for traffic in classes if traffic.eligible & modes]
+    silent_s = min((traffic.silent_s for traffic in served), default=0.0)
+    rate = sum(traffic.fast_per_s for traffic in served)
+    if rate * silent_s <= 1.0:
+        return classes
+    share = 1.0 / (rate * silent_s)
+    return [
+        structs.replace(traffic, fast_per_s=share * traffic.fast_per_s) if traffic.eligible & modes else traffic
+        for traffic in classes
+    ]
 
 
 def _work(traffic: Class) -> float:
@@ -156,4 +177,5 @@ def _add(a: Class, b: Class) -> Class:
         a.num_prompt_tokens + share * (b.num_prompt_tokens - a.num_prompt_tokens),
         a.num_output_tokens + share * (b.num_output_tokens - a.num_output_tokens),
         a.eligible,
+        min(a.silent_s, b.silent_s),
     )

@@ -31,7 +31,7 @@ from msgspec import Struct
 
 from msd.config import CostConfig, EngineConfig, ResidencyConfig
 from msd.core.commands import Transit
-from msd.core.demand import Class, Demand
+from msd.core.demand import Class, Demand, hushed
 from msd.core.fleet import Fleet, ModeBook
 from msd.core.memory import Budget, Need, budget_of, maximal_sets, need_of, put_away
 from msd.core.worth import Curve, Worth
@@ -439,6 +439,8 @@ class Residency:
         )
         urgency = "memory" if is_over else "quality" if is_unsafe else "engine lost" if dead else ""
         waiting = self._waiting_by(classes)
+        if any(waiting) and not self._fleet.num_running:
+            classes = hushed(classes, serving)
         fast = self._worth(classes, fast=True, waiting=waiting, dead=dead)
         if fast.is_idle and not (is_over or is_unsafe):
             return

@@ -15,10 +15,11 @@ from msd.config import Config
 from msd.core import commands as c
 from msd.core import events as e
 from msd.core.commands import Command
-from msd.core.entry import Phase
+from msd.core.entry import Entry, Phase
 from msd.core.events import Event
-from msd.core.residency import Move
+from msd.core.residency import UNSERVED_BACKOFF_MOST, Move
 from msd.core.scheduler import Scheduler
+from msd.core.worth import UNSERVED_S
 from msd.domain import CounterReading, Outcome, Request
 from msd.gate import ALL_TASKS
 from msd.sim.report import Check
@@ -132,6 +133,9 @@ class Checks:
         self._moving, self._to = "", ""
         self._moved_us: dict[str, int] = {}
         """When a plan last moved each engine."""
+        self._idle_since_us = -1
+        """Since when nothing runs or moves although somebody waits for an engine that is away."""
+        self._turn_us = round(_longest_turn_s(config) * 1e6)
         self._moves_seen = 0
         self._arrived_us = 0
 
@@ -425,6 +429,8 @@ class Checks:
             entry.phase is Phase.WAITING and entry.eligible & fleet.free for entry in entries
         )
         self.expect("no_idle_with_backlog", not idle, "{} wait and nothing runs", queue.num_waiting)
+        if self._autos:
+            self._look_at_absent(entries)
         for accounts in scheduler.ledger.accounts():
             booked_mj = accounts.requests_mj + accounts.idle_mj + accounts.running_mj + accounts.open_mj
             booked_mj += sum(accounts.wasted_mj.values()) + sum(accounts.unattributed_mj.values())
@@ -432,6 +438,22 @@ class Checks:
             self.expect("energy_closes", closes, "{}", accounts)
             risen_mj = self._counter[accounts.domain][2]
             self.expect("energy_closes", accounts.counter_mj == risen_mj, "counter rose {}: {}", risen_mj, accounts)
+
+    def _look_at_absent(self, entries: list[Entry]) -> None:
+        """A GPU on which nothing runs or moves brings who is waited for, once the others have had their turn."""
+        fleet = self._scheduler.fleet
+        away = sum(1 << i for i, book in enumerate(fleet.books) if book.residence != "resident")
+        calls = not fleet.num_running and not self._moving
+        calls = calls and any(
+            entry.phase is Phase.WAITING and entry.eligible and not entry.eligible & ~away for entry in entries
+        )
+        if not calls:
+            self._idle_since_us = -1
+            return
+        if self._idle_since_us < 0:
+            self._idle_since_us = self._now_us
+        idle_us = self._now_us - self._idle_since_us
+        self.expect("no_idle_with_backlog", idle_us <= self._turn_us, "nothing comes for {} us", idle_us)
 
     def at_end(self) -> None:
         """The world is over: everything has ended, and its energy is where it belongs."""
@@ -449,3 +471,9 @@ class Checks:
                 )
                 told = self._settled_mj
                 self.expect("energy_settled", told == due_mj, "answers hold {} mJ, the books {}", told, due_mj)
+
+
+def _longest_turn_s(config: Config) -> float:
+    """How long requests for an engine that is away may wait while nothing runs: turns, plans and starts that fail."""
+    moves = [engine.sim.start_s + engine.sim.sleep_s for engine in config.engine if engine.kind == "sim"]
+    return UNSERVED_S + 3 * config.residency.plan_interval_s + UNSERVED_BACKOFF_MOST * sum(sorted(moves)[-2:])

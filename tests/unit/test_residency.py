@@ -10,7 +10,7 @@ import pytest
 
 from msd.core import commands as c
 from msd.core import events as e
-from msd.core.demand import FAST_S, MAX_CLASSES, Class, Demand
+from msd.core.demand import FAST_S, MAX_CLASSES, Class, Demand, hushed
 from msd.core.residency import Move, Residency
 from msd.core.scheduler import Scheduler
 from msd.core.worth import UNSERVED_S, Curve, Worth
@@ -146,6 +146,23 @@ def test_rates_are_right_from_the_first_fold_on_and_forget_at_two_speeds() -> No
     assert classes[0].num_output_tokens == pytest.approx(50)
     after = demand.fold((60 + int(FAST_S)) * SECOND_US)[0]
     assert after.fast_per_s < 1.5 < after.slow_per_s
+
+
+def test_what_has_stopped_is_rare_by_as_much_as_it_is_silent() -> None:
+    demand = Demand()
+    demand.fold(0)
+    for second in range(1, 31):
+        demand.note(100, 50, 0b01)
+        demand.note(100, 50, 0b10)
+        demand.fold(second * SECOND_US)
+    classes = demand.fold(50 * SECOND_US)
+    assert {traffic.silent_s for traffic in classes} == {20.0}
+    quiet = {traffic.eligible: traffic.fast_per_s for traffic in hushed(classes, 0b01)}
+    assert quiet[0b01] == pytest.approx(1 / 20)
+    assert quiet[0b10] > 0.3, "not asked for"
+    demand.note(100, 50, 0b01)
+    classes = demand.fold(51 * SECOND_US)
+    assert hushed(classes, 0b01) == classes
 
 
 def test_classes_are_bounded_and_their_rates_are_kept() -> None:
@@ -473,6 +490,17 @@ def test_a_lone_request_for_an_absent_mode_is_served_soon_after_the_last_switch(
             world.obey()
             assert world.t_us < since_us + 25 * SECOND_US, (i, world.planner.figures())
         world.finish(request)
+
+
+def test_a_stream_that_has_stopped_keeps_no_idle_gpu_from_who_waits() -> None:
+    world = settled()
+    world.load(60, per_s=5, mode_hint="m0", mode_strict=True)
+    since_us = world.t_us
+    request = world.submit(mode_hint="m1", mode_strict=True)
+    while request not in world.running:
+        world.wait(500)
+        world.obey()
+        assert world.t_us < since_us + (UNSERVED_S + 15) * SECOND_US
 
 
 def test_two_modes_that_are_both_called_for_take_turns_and_not_at_every_plan() -> None:
