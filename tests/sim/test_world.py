@@ -19,6 +19,7 @@ from msd.core import commands as c
 from msd.core import events as e
 from msd.core.commands import Command
 from msd.core.events import Event
+from msd.core.residency import Residency
 from msd.core.scheduler import Scheduler
 from msd.domain import Candidate
 from msd.sim.report import Report
@@ -253,3 +254,10 @@ def test_engines_that_take_turns_for_memory_lose_no_request(seed: int) -> None:
     report = run_world(seed, 300, weather=weather)
     assert report.is_ok, [check for check in report.checks if check.num_violations]
     assert next(check for check in report.checks if check.name == "residency").num_checked > 0
+
+
+def test_a_planner_that_is_deaf_to_who_waits_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    weather = structs.replace(draw(Random(0), 300), memory_for=1)
+    assert broken(run_world(0, 300, weather=weather)) == {}
+    monkeypatch.setattr(Residency, "_waiting_by", lambda _, classes: [0] * len(classes))
+    assert "no_idle_with_backlog" in broken(run_world(0, 300, weather=weather))
