@@ -28,7 +28,7 @@ QUALITIES = (None, 0.5, 0.9)
 CONTEXTS = (64, 200)
 POLICIES = ("cost", "fixed", "random", "round_robin", "rules")
 WEIGHTS_BYTES = 10**9
-MOST_ROUNDS = 20
+MOST_ROUNDS = 300
 
 submits = st.fixed_dictionaries(
     {
@@ -248,6 +248,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         name, transit = self.transits.popitem()
         t_us = self.world.t_us
         if transit.to != "resident":
+            self.up.discard(name)  # a restart that was on the way may have ended since
+            self.down.discard(name)
             self.world.post(e.EngineAsleep(t_us, name, transit.to, 0.01))
         elif is_lost:
             self.down.add(name)
