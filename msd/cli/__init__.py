@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("msd", "loadgen", "testbed"):
             raise
-        terminal.complain(f"this command needs the package {error.name}: pip install 'msd[serve]'")
+        terminal.complain(f"this command needs the package {error.name}: pip install '.[serve]' in msd's checkout")
         return EXIT_INTERNAL
     except Exception:
         traceback.print_exc()

@@ -104,7 +104,7 @@ def _features(decision: Decision) -> list[str]:
     ]  # fmt: skip
     if f.session_arm >= 0:
         rows.append(["session", f"served last by {decision.candidates[f.session_arm].mode}"])
-    if view is None:
+    if view is None or view.source == "none":
         rows.append(["GPU", "no view of it"])
     else:
         age_ms = None if f.view_age_us is None else f.view_age_us * 1e-3

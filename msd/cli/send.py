@@ -143,6 +143,7 @@ def story(done: Done) -> str:
         f"TPOT {number(timings.tpot_ms, 'ms')}" if usage.completion > 1 else "",
         f"in all {number(timings.e2e_ms, 'ms')}",
         energy(done.energy),
+        f"request {done.request_id}",
     ]
     return ", ".join(part for part in parts if part)
 

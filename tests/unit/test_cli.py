@@ -152,7 +152,7 @@ def test_a_producers_packages_are_enough_for_version() -> None:
 def test_a_missing_package_is_named_with_its_remedy(good: Path) -> None:
     done = msd("check", str(good), code=PRODUCER_ONLY)
     assert done.returncode == EXIT_INTERNAL
-    assert done.stderr == "msd: this command needs the package tomlkit: pip install 'msd[serve]'\n"
+    assert done.stderr == "msd: this command needs the package tomlkit: pip install '.[serve]' in msd's checkout\n"
 
 
 def test_version_knows_vllm_without_importing_it() -> None:
