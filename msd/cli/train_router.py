@@ -41,8 +41,8 @@ def add_to(commands: Commands) -> None:
         help="train the routers of the policy `learned`, judge them on what they have not seen, write the best",
         description="Train logistic regression, a decision tree, a random forest and gradient boosting; judge each by "
         "regret and broken constraints on held-out families (or the later half of the log); write the one of least "
-        "regret, trained on everything, as plain arrays. Needs scikit-learn (pip install '.[lab]' in the checkout); serving "
-        "does not.",
+        "regret, trained on everything, as plain arrays. Needs scikit-learn (pip install '.[lab]' in the checkout); "
+        "serving does not.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--matrix", action="store_true", help="on the published matrix (default)")
