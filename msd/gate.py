@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-import structlog
 from msgspec import Meta, Struct, structs
 
 from msd.errors import ConfigError
@@ -23,7 +22,13 @@ SCHEMA = 1
 Verdict = Literal["certified", "revoked", "undecided"]
 ALL_TASKS = "*"
 """The row that stands for requests which name no task: all tasks together."""
-_log = structlog.get_logger(__name__)
+
+
+def _warn(event: str, **values: object) -> None:
+    """Log a warning. Imported late: `msd send` reads no gate file, and a producer need not have structlog."""
+    import structlog
+
+    structlog.get_logger(__name__).warning(event, **values)
 
 
 class GateRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,10 +123,10 @@ def load_trials(file: Path, gate: GateFile, delta: float) -> tuple[Tried, ...]:
     except FileNotFoundError:
         return ()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        _log.warning("trials_ignored", file=str(file), why=str(error))
+        _warn("trials_ignored", file=str(file), why=str(error))
         return ()
     if (kept.schema, kept.gate, kept.delta) != (SCHEMA, gate.checksum, delta):
-        _log.warning("trials_ignored", file=str(file), why="they were against another gate file or quality.delta")
+        _warn("trials_ignored", file=str(file), why="they were against another gate file or quality.delta")
         return ()
     return kept.trials
 
@@ -171,7 +176,7 @@ def load_withdrawals(file: Path) -> tuple[Withdrawal, ...]:
         if _is_whole(rest):
             kept.append(msgspec.json.decode(rest, type=Withdrawal))
         else:
-            _log.warning("torn_line_skipped", file=str(file), num_bytes=len(rest))
+            _warn("torn_line_skipped", file=str(file), num_bytes=len(rest))
     return tuple(kept)
 
 

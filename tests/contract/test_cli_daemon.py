@@ -76,7 +76,7 @@ def test_send_streams_the_answer_and_says_how_it_was_served(endpoint: str) -> No
     assert (done.returncode, len(done.stdout.split())) == (EXIT_OK, 5)
     assert re.fullmatch(
         r"fast: fixed on fast, 5 tokens \(length\), TTFT [\d.]+ ms, TPOT [\d.]+ ms, in all [\d.]+ ms, "
-        r"[\d.]+ J \(simulated(, provisional)?\)\n",
+        r"[\d.]+ J \(simulated(, provisional)?\), request [\w.-]+\n",
         done.stderr,
     )
 
