@@ -242,9 +242,7 @@ class _Contest:
         routed = [scores[policy][1] for policy in ROUTED]
         like = scores["cost"][1]
         routed += [structs.replace(like, name=policy, policy=policy) for policy in ("round_robin", "random")]
-        routed.append(
-            Contestant(name=f"cost on {best} alone", policy="cost", modes=(best,), slots=scores[best][1].slots)
-        )
+        routed.append(Contestant(name=_alone(best), policy="cost", modes=(best,), slots=scores[best][1].slots))
         if self._learned:
             settings: dict[str, object] = {"learned": {"file": self._learned}}
             routed.append(structs.replace(like, name="learned", policy="learned", settings=settings))
@@ -259,7 +257,8 @@ class _Contest:
         # Lossless modes are the same with and without the rule.
         entries += [(UNJUDGED, made, lax) for made in fixed if BY_NAME[made.name].quality < LOSSLESS]
         entries += [("policy", contestant, rules) for contestant in routed]
-        few = [entry for entry in entries if entry[0] != UNJUDGED and entry[1].name in (best, *ROUTED)]
+        shown = (best, _alone(best), *ROUTED)
+        few = [entry for entry in entries if entry[0] != UNJUDGED and entry[1].name in shown]
         rounds: list[tuple[str, Contestant, Rules, Shape, float, tuple[int, ...]]] = [
             (*entry, "bursts", load, self._seeds)
             for entry in entries
@@ -275,9 +274,9 @@ class _Contest:
         jobs: list[_Job] = []
         for _, contestant, held, shape, load, seeds in rounds:
             for seed in seeds:
-                shown = shape == "bursts" and load == SHOWN_LOAD and seed == self._seeds[0] and held is rules
+                drawn = shape == "bursts" and load == SHOWN_LOAD and seed == self._seeds[0] and held is rules
                 plan = make_plan(seed, shape, load * capacity_per_s, effort.duration_s)
-                jobs.append((contestant, plan, held, shown and contestant.name in (best, "cost", "rules")))
+                jobs.append((contestant, plan, held, drawn and contestant.name in (best, "cost", "rules")))
         matches = iter(self._play("judging", jobs))
         points, timelines = [], []
         for kind, contestant, _, _, load, seeds in rounds:
@@ -385,13 +384,20 @@ def _verdicts(points: Sequence[Point], best: str) -> Iterator[Verdict]:
         energy = {load: _ratio(_at(own, fixed[load].goodput_per_s), found[load]) for load in JUDGED_LOADS}
         top = max(JUDGED_LOADS, key=lambda load: fixed[load].goodput_per_s)
         value = energy[top]
+        alone = curves.get(("policy", _alone(best)), {})
+        served = sorted((point.goodput_per_s, getattr(point, name)) for point in alone.values())
+        same = ""
+        if served:
+            ratio = _ratio(_at(served, fixed[top].goodput_per_s), found[top])
+            same = f"; cost on {best} alone, which refuses as much: {ratio:.2f}"
         yield Verdict(
             name=f"joules per {unit} at the best fixed mode's highest goodput, cost / {best}",
             value=value,
             op="<=",
             bar=1.0,
             holds=value <= 1.0,
-            note=f"at its goodput of {fixed[top].goodput_per_s:.2f}/s (load {top:g}); by its load: {_by_load(energy)}",
+            note=f"at its goodput of {fixed[top].goodput_per_s:.2f}/s (load {top:g}); by its load: {_by_load(energy)}"
+            + same,
         )
     broken = sorted({name for point in points for name in point.broken})
     violations = sum(point.violations for point in points)
@@ -415,6 +421,10 @@ def _verdicts(points: Sequence[Point], best: str) -> Iterator[Verdict]:
 def _best_of(curves: dict[tuple[str, str], dict[float, Point]], kind: str, load: float) -> Point:
     """The best at this very load: harder to beat than one mode at all of them."""
     return max((curve[load] for (of, _), curve in curves.items() if of == kind), key=_goodput)
+
+
+def _alone(mode: str) -> str:
+    return f"cost on {mode} alone"
 
 
 def _goodput(point: Point) -> float:

@@ -8,7 +8,7 @@ from io import StringIO
 from typing import Any
 
 from msd.sim.contest import FIXED, UNJUDGED, Contest, Point
-from msd.sim.match import BUCKET_S, Match
+from msd.sim.match import BUCKET_S, WARM_UP_S, Match
 from msd.sim.plan import FAMILIES
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
@@ -124,7 +124,7 @@ def _draw_curves(axes: Any, contest: Contest, bursts: Sequence[Point], name: str
         width = 2.6 if who in ("cost", contest.best_fixed) else 1.4
         axes.plot(xs, ys, color=next(colours), linewidth=width, marker="o", markersize=4, label=label)
     axes.set_ylim(bottom=0, top=top)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _draw_mix(axes: Any, bursts: Sequence[Point]) -> None:
@@ -148,7 +148,7 @@ def _timelines(contest: Contest) -> Iterator[tuple[str, str, str]]:
         yield (
             f"Over time: {match.contestant} (simulated)",
             f"Bursts at load {match.rate_per_s / contest.capacity_per_s:g}, seed {match.seed}: requests by arrival and "
-            "the mode that answered them; the line is how many were good.",
+            f"the mode that answered them; the line is how many were good (the first {WARM_UP_S:g} s are not judged).",
             _svg(lambda axes, match=match: _draw_time(axes, match, modes), "s", "requests/s", WIDE_IN),  # type: ignore[misc]
         )
 
@@ -173,7 +173,7 @@ def _verdicts(contest: Contest) -> str:
         f"<td class='left'>{escape(v.note)}</td></tr>"
         for v in contest.verdicts
     ]
-    return _table("Bars", ("", "value", "bar", "", "by load"), rows)
+    return _table("Bars (simulated)", ("", "value", "bar", "", "by load"), rows)
 
 
 def _tables(contest: Contest) -> Iterator[str]:
