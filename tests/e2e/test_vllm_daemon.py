@@ -44,6 +44,9 @@ max_num_seqs = 1
 args = {{ max_model_len = 1024, enforce_eager = true }}
 [policy]
 name = "round_robin"
+# Another model is another mode only once it has passed the gate; here both are to serve.
+[quality]
+ungated = "allow"
 """
 
 
