@@ -247,9 +247,7 @@ class Candidate(Struct, frozen=True, gc=False):
     prompt_ms: float = 0.0
     """Time in which its engine reads its prompt, alone: what decodes there waits for it."""
     shared_ms: float = 0.0
-    """Time that a request on another busy engine would lose because it shares the GPU with this one for longer."""
-    hold_ms: float = 0.0
-    """Time that a request on one more engine would lose if that got busy, too, while this one runs."""
+    """Time for which it would make other engines share the GPU with this one."""
     work_ms: float = 0.0
     """GPU time that it takes, if all that runs now ran in this mode: the throughput of a mode, by the request."""
 

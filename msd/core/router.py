@@ -51,7 +51,6 @@ class Router:
         # What sharing the GPU costs: this request, and those that run on other engines.
         num_all = fleet.num_running
         slow_idle, slow_busy, lost_idle, lost_busy = fleet.sharing.between(fleet.num_busy)
-        lost_one = fleet.sharing.between(1)[2]
         left_ms = (fleet.end_us - num_all * t_us) * 0.001
         longest, longest_ms, second_ms, spares_ms = self._busy(t_us) if num_all else _NOBODY
         made = []
@@ -108,18 +107,17 @@ class Router:
                 if lost_idle > 0.0:
                     delay_ms = _lost_ms(num_all * e2el_ms, left_ms, lost_idle)
             if num_all > running:
-                # Only time counts in which this engine would not be busy anyway.
+                # Only time counts in which this engine would not be busy anyway; sharing halves the others' speed.
                 shared_ms = second_ms if book is longest else longest_ms
                 if e2el_ms < shared_ms:
                     shared_ms = e2el_ms
                 if last_us:
                     shared_ms -= (last_us - t_us) * 0.001
-                shared_ms *= lost_busy if running else lost_idle
                 if shared_ms > 0.0:
                     if spares_ms:
-                        num_harmed += bisect_left(spares_ms, shared_ms)
+                        num_harmed += bisect_left(spares_ms, 0.5 * shared_ms)
                         if spares_beside_ms:
-                            num_harmed -= bisect_left(spares_beside_ms, shared_ms)
+                            num_harmed -= bisect_left(spares_beside_ms, 0.5 * shared_ms)
                 else:
                     shared_ms = 0.0
             if ends_itself:
@@ -133,8 +131,7 @@ class Router:
             made.append(
                 Candidate(
                     name, mask, ttft_ms, tpot_ms, e2el_ms, energy_mj, running, free, queue_ms, delay_ms, hit,
-                    num_harmed, own_ms, shared_ms, lost_one * e2el_ms,
-                    own_ms + expected * (step_ms / (num_all + 1) + beside_ms),
+                    num_harmed, own_ms, shared_ms, own_ms + expected * (step_ms / (num_all + 1) + beside_ms),
                 )
             )  # fmt: skip
         if slack_ms is not None and not some_in_time:

@@ -11,9 +11,8 @@ the work of both. Hence the view beyond the request, in *others' misses*:
 
 - requests that run now, keep their SLOs so far and would probably miss one (`num_harmed`);
 - requests yet to come, at the present rate of arrivals: whoever arrives while the prompt is read waits for that, who
-  arrives while two engines share the GPU gets a part of it (how much sharing costs is learnt: on a GPU half the speed,
-  on a CPU with a core to spare next to nothing). And the GPU has a *home*: the mode that does recent traffic in the
-  least GPU time, counting what it may not serve; a request elsewhere keeps arrivals from a GPU of their own.
+  arrives while two engines share the GPU gets half of it. And the GPU has a *home*: the mode that does recent traffic
+  in the least GPU time, counting what it may not serve; a request elsewhere keeps arrivals from a GPU of their own.
 
 A request may *yield*: wait, behind all that have not yielded, while something runs. It does so when it would make
 others miss more SLOs than it can keep; so one that is late already goes when it is in nobody's way. By each
@@ -39,12 +38,10 @@ _OWN_SLO = 1.5
 """Others' misses for which a request that can keep its own SLO goes ahead: theirs are less sure than its own."""
 _AWAY = 0.3
 """Share of the arrivals during a request away from home that it makes miss."""
-_HALVED = 2.0
-"""By which time lost to sharing is multiplied: who arrives while an engine loses half of its speed misses an SLO."""
 _LATE_DELAY = 0.3
 """Misses that count for each second by which a late request delays others: some of them it would make late."""
 _ALPHA = 0.02
-_NOT_SERVED = 3.0
+_NOT_SERVED = 2.0
 """A request that a mode may not serve counts as this many times the best mode's work: another engine must run too."""
 
 _ONLY = "the only mode that may serve it now"
@@ -80,20 +77,18 @@ class Cost:
         self._home = -1
         self._strict = 0.0
         """Share of recent requests that have SLOs (EWMA)."""
-        self._num_seen = 0
 
     def choose(self, features: Features, candidates: Sequence[Candidate], rng: Random) -> Choice:
         """The cheapest arm; within the tie, the session's own mode, then the emptier engine. Or it yields."""
         per_ms, per_mj, per_late, per_miss = self._per_ms, self._per_mj, self._per_late_ms, self._per_miss
         waited_ms = features.waited_us * 1e-3
-        # What is lost already is the same in every mode: counted in, it would drown what they differ in.
-        slack_ms = None if features.slack_us is None else max(0.0, features.slack_us * 1e-3)
-        ttft_left = None if features.slo_ttft_ms is None else max(0.0, features.slo_ttft_ms - waited_ms)
+        slack_ms = None if features.slack_us is None else features.slack_us * 1e-3
+        ttft_left = None if features.slo_ttft_ms is None else features.slo_ttft_ms - waited_ms
         tpot_most = features.slo_tpot_ms
         steps = features.num_expected_tokens - 1
         home = self._home
         arrivals = self._strict * features.arrivals_per_s * 1e-3
-        away = arrivals * _AWAY * _HALVED
+        away = arrivals * _AWAY
         over = self._over_the_bound(candidates) if self._energy_max else ()
         best, least, harm, is_late = -1, 0.0, 0.0, False
         costs = []
@@ -114,9 +109,9 @@ class Cost:
             if slack_ms is not None and c.e2el_ms > slack_ms:
                 cost += per_late * (c.e2el_ms - slack_ms)
                 late = late or c.e2el_ms > _CERTAINTY * slack_ms
-            harmed = c.num_harmed + arrivals * (c.prompt_ms + _HALVED * c.shared_ms)
+            harmed = c.num_harmed + arrivals * (c.prompt_ms + c.shared_ms)
             if arm != home:
-                harmed += away * c.hold_ms
+                harmed += away * c.e2el_ms
             cost += per_miss * (harmed + 1.0 if late else harmed)
             costs.append(cost)
             if best < 0 or cost < least:
@@ -159,32 +154,28 @@ class Cost:
         """What came, and what it would have cost in each mode: the core's estimators learn all else."""
         f, candidates, work = decision.features, decision.candidates, self._work_ms
         has_slo = f.slo_ttft_ms is not None or f.slo_tpot_ms is not None or f.slack_us is not None
-        self._num_seen += 1
-        alpha = max(_ALPHA, 1.0 / self._num_seen)  # a mean at first: one request says little of the next fifty
-        self._strict += alpha * (has_slo - self._strict)
+        self._strict += _ALPHA * (has_slo - self._strict)
         if len(candidates) != len(work):
             return
         not_served = _NOT_SERVED * min(c.work_ms for c in candidates)
+        first = self._home < 0
         for arm, c in enumerate(candidates):
             work_ms = not_served if c.mask & _NEVER else c.work_ms
-            work[arm] += alpha * (work_ms - work[arm])
+            work[arm] = work_ms if first else work[arm] + _ALPHA * (work_ms - work[arm])
         self._home = work.index(min(work))
 
     def dump(self) -> dict[str, object]:
         """The recent traffic, by the modes' names."""
-        work_ms = dict(zip(self._names, self._work_ms, strict=True))
-        return {"work_ms": work_ms, "strict": self._strict, "num_seen": self._num_seen}
+        return {"work_ms": dict(zip(self._names, self._work_ms, strict=True)), "strict": self._strict}
 
     def load(self, state: dict[str, object]) -> None:
         """Take the traffic up, if it is about the same modes."""
-        work, strict, num_seen = state.get("work_ms"), state.get("strict"), state.get("num_seen")
-        if not isinstance(work, dict) or set(work) != set(self._names):
+        work, strict = state.get("work_ms"), state.get("strict")
+        if not isinstance(work, dict) or set(work) != set(self._names) or not isinstance(strict, float):
             return
-        assert isinstance(strict, float), "written by dump"
-        assert isinstance(num_seen, int), "written by dump"
         self._work_ms = [float(work[name]) for name in self._names]
-        self._home = self._work_ms.index(min(self._work_ms)) if num_seen else -1
-        self._strict, self._num_seen = strict, num_seen
+        self._home = self._work_ms.index(min(self._work_ms)) if any(self._work_ms) else -1
+        self._strict = strict
 
 
 def _why(chosen: Candidate, candidates: Sequence[Candidate], costs: Sequence[float]) -> str:

@@ -231,19 +231,15 @@ def test_a_deadline_can_be_harmed() -> None:
 
 
 def test_another_engine_harms_by_sharing_the_gpu() -> None:
-    """On m1 the newcomer would run longer than the 35 ms that m0 is busy: half of that is lost there."""
+    """On m1 the newcomer would run for 35 ms beside m0, which is busy for as long: half of that is lost there."""
     fleet = make_fleet(2)
-    assert harmed(fleet) == [0, 0]
-    for _ in range(200):
-        fleet.sharing.learn(1.0, 2.0)
     run(fleet, 0, make_entry("a", Slo(ttft_ms=25.0)))
     assert harmed(fleet) == [0, 1]
     (here, there) = Router(fleet, Says({}), Random(1)).candidates(
         make_entry("new", Slo()), extract(make_entry("new", Slo()), 0, fleet, 0, 1.0, None)
     )
     assert here.shared_ms == 0.0
-    assert there.shared_ms == pytest.approx(17.5, rel=0.01)
-    assert there.hold_ms == pytest.approx(there.e2el_ms / 2, rel=0.01)
+    assert there.shared_ms == pytest.approx(35.0)
     assert here.prompt_ms == there.prompt_ms == pytest.approx(5.0)
     # The work of one token is half a step of the two that would run, and what a neighbour adds.
     assert there.work_ms == pytest.approx(5.0 + 11 * (2.0 / 2 + 0.5))
