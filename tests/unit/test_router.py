@@ -387,7 +387,7 @@ def test_a_hint_that_cannot_be_had_now_leaves_the_choice_to_the_policy() -> None
 @pytest.mark.parametrize("arm", [1, -1])
 def test_a_policy_that_breaks_its_law_is_a_programmers_error(arm: int) -> None:
     fleet = make_fleet(up=(True, False))
-    with pytest.raises(AssertionError, match="pick (chose a masked mode|lets a request wait)"):
+    with pytest.raises(AssertionError, match=r"pick (chose a masked mode|lets a request wait)"):
         chosen(fleet, make_entry(fleet), Pick(arm))
 
 
